@@ -1,0 +1,514 @@
+#include "executor/drive.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "store/format.h"
+
+namespace csd {
+namespace {
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+constexpr int64_t kMemoryBudgetMin = 1 * kMiB;
+constexpr int64_t kStagingBytesMax = 32 * kMiB;  // 32 reads of 1 MiB, or as many as the budget allows
+constexpr int64_t kScratchBytesMax = 64 * kMiB;
+constexpr int64_t kWriteWindowBytes = 16 * kMiB;  // on the way to the drive at once
+constexpr int kWriteDepth = 32;
+
+int64_t staging_bytes(const DriveOptions& options) {
+  const int64_t wanted = std::min(kStagingBytesMax, options.queue_depth * kMiB);
+  return std::min(wanted, options.memory_budget_bytes / 4) / kBlockBytes * kBlockBytes;
+}
+
+int64_t scratch_bytes(const DriveOptions& options) {
+  return std::min(kScratchBytesMax, options.memory_budget_bytes / 8);
+}
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+}  // namespace
+
+Drive::Drive(const DriveOptions& options)
+    : options_(options), process_(getpid()), kernels_(select_kernels(options.simd.c_str())) {
+  if (options.memory_budget_bytes < kMemoryBudgetMin) {
+    throw Error(ErrorKind::kBudget, "memory_budget must be at least 1 MiB, got " + text(options.memory_budget_bytes) +
+                                        " bytes; raise it");
+  }
+  file_ = open_scratch_file(options.directory, options.io_engine);
+  try {
+    write_header(file_.fd, file_.path);
+    engine_ = make_io_engine(file_.engine, static_cast<int>(std::max<int64_t>(4, options.threads)));
+    const int64_t staging = staging_bytes(options);
+    scratch_bytes_max_ = scratch_bytes(options);
+    arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
+    space_ = std::make_shared<FileSpace>(file_.fd, file_.path);
+    stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, static_cast<int>(options.threads),
+                                           static_cast<int>(options.queue_depth), staging);
+    writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
+    page_queue_ = engine_->make_queue(file_.fd, 1, {});
+  } catch (...) {
+    close(file_.fd);
+    throw;
+  }
+}
+
+Drive::~Drive() {
+  page_queue_.reset();
+  writer_.reset();
+  stream_.reset();
+  layers_.clear();  // pages give their memory back before the arena goes
+  sealed_.pages.clear();
+  tails_.pages.clear();
+  engine_.reset();
+  space_.reset();
+  close(file_.fd);
+}
+
+void Drive::check_process() const {
+  if (getpid() != process_) {
+    throw Error(ErrorKind::kForked,
+                "this store was opened in process " + text(process_) + " and is used in its child " + text(getpid()) +
+                    "; open a store in the child instead (or start workers with the 'spawn' method)");
+  }
+}
+
+Layer& Drive::find(int64_t layer_id) {
+  const auto found = layers_.find(layer_id);
+  if (found == layers_.end()) throw Error(ErrorKind::kClosed, "this layer was freed, or its store closed");
+  return found->second;
+}
+
+int64_t Drive::create_layer(const Geometry& geometry) {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  // Two pages to read into, and two in memory: a tail and the copy a shared tail turns into.
+  const int64_t page_bytes = geometry.page_bytes();
+  const int64_t room = std::min(stream_->staging_bytes(), arena_->limit_bytes());
+  if (2 * page_bytes > room) {
+    throw Error(ErrorKind::kBudget, "memory_budget of " + text(options_.memory_budget_bytes) +
+                                        " bytes is too small for pages of " + text(page_bytes) + " bytes (" +
+                                        text(geometry.num_kv_heads) + " kv heads, head_dim " +
+                                        text(geometry.head_dim_k) + " + " + text(geometry.head_dim_v) +
+                                        "); it must be at least " + text(round_up(8 * page_bytes, kMiB)));
+  }
+  const int64_t id = next_layer_id_++;
+  layers_[id].geometry = geometry;
+  return id;
+}
+
+int64_t Drive::fork_layer(int64_t layer_id) {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  Layer copy = find(layer_id);
+  for (Row& row : copy.rows) row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.page_bytes());
+  const int64_t id = next_layer_id_++;
+  layers_.emplace(id, std::move(copy));
+  return id;
+}
+
+void Drive::drop_layer(int64_t layer_id) {
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  layers_.erase(layer_id);
+}
+
+LayerInfo Drive::info(int64_t layer_id) {
+  check_process();
+  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  const Layer& layer = find(layer_id);
+  LayerInfo info{layer.geometry, layer.epoch, layer.begin, {}};
+  for (const Row& row : layer.rows) info.lengths.push_back(row.length);
+  return info;
+}
+
+// ---- changing what is stored ------------------------------------------------------------------------------------
+
+Row Drive::new_row(const Geometry& geometry) {
+  Row row;
+  row.stream = std::make_shared<ExtentStream>(space_, geometry.page_bytes());
+  return row;
+}
+
+void Drive::append(int64_t layer_id, const AppendRequest& request) {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  Layer& layer = find(layer_id);
+  settle_writes();
+  const bool was_empty = layer.rows.empty();
+  if (was_empty) {
+    for (int64_t i = 0; i < request.row_count; ++i) layer.rows.push_back(new_row(layer.geometry));
+  }
+  if (static_cast<int64_t>(layer.rows.size()) != request.row_count) {
+    throw Error(ErrorKind::kValue, "append: this layer holds " + text(static_cast<int64_t>(layer.rows.size())) +
+                                       " rows, got a batch of " + text(request.row_count) +
+                                       "; reorder() or free() the layer to change its batch");
+  }
+  // What the rows were: the deque of pages is only added to at its end, where the last page may be replaced.
+  std::vector<std::pair<int64_t, std::shared_ptr<Page>>> before;
+  for (const Row& row : layer.rows) before.emplace_back(row.length, row.pages.empty() ? nullptr : row.pages.back());
+  std::vector<int64_t> end_pages;
+  for (const Row& row : layer.rows) end_pages.push_back(row.end_page());
+  try {
+    for (int64_t i = 0; i < request.row_count; ++i) {
+      const int64_t token_count = request.lengths != nullptr ? request.lengths[i] : request.q_len;
+      append_row(&layer, &layer.rows[static_cast<size_t>(i)], request, i, token_count);
+      appended_tokens_ += token_count;
+    }
+    writer_->flush();
+    settle_writes();
+  } catch (...) {
+    for (size_t i = 0; i < before.size(); ++i) {
+      Row& row = layer.rows[i];
+      while (row.end_page() > end_pages[i]) row.pages.pop_back();
+      if (before[i].second != nullptr) row.pages.back() = before[i].second;
+      row.length = before[i].first;
+    }
+    if (was_empty) layer.rows.clear();
+    throw;
+  }
+}
+
+void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count) {
+  const Geometry& geometry = layer->geometry;
+  const int64_t bytes = element_bytes(request.dtype);
+  const auto* k = static_cast<const uint8_t*>(request.k) + index * request.k_strides[0] * bytes;
+  const auto* v = static_cast<const uint8_t*>(request.v) + index * request.v_strides[0] * bytes;
+  row->stream->expect((token_count + kPageTokens - 1) / kPageTokens);
+  for (int64_t done = 0; done < token_count;) {
+    const int64_t slot = row->length % kPageTokens;
+    const int64_t count = std::min(kPageTokens - slot, token_count - done);
+    Page* page = writable_tail(geometry, row);
+    for (int64_t h = 0; h < geometry.num_kv_heads; ++h) {
+      uint8_t* tile = page->memory + h * geometry.tile_bytes();
+      kernels_.pack_k(request.dtype, k + (h * request.k_strides[1] + done * request.k_strides[2]) * bytes,
+                      request.k_strides[2], geometry.dtype, geometry.head_dim_k, slot, count, tile);
+      kernels_.pack_v(request.dtype, v + (h * request.v_strides[1] + done * request.v_strides[2]) * bytes,
+                      request.v_strides[2], geometry.dtype, geometry.head_dim_v, slot, count,
+                      tile + geometry.k_bytes());
+    }
+    row->length += count;
+    done += count;
+    if (row->length % kPageTokens == 0) seal(row->pages.back());
+  }
+}
+
+// The page that the row's next token goes to: in memory, not on the drive, and the row's alone.
+Page* Drive::writable_tail(const Geometry& geometry, Row* row) {
+  const int64_t index = row->length / kPageTokens;
+  const bool exists = index < row->end_page();
+  if (exists && row->pages.back().use_count() == 1 && row->pages.back()->writable()) return row->pages.back().get();
+  auto page = std::make_shared<Page>(arena_.get(), geometry.page_bytes());
+  page->memory = page_memory(geometry.page_bytes());
+  page->stream = row->stream;
+  if (exists) {  // shared, or already on the drive: continue on a copy
+    const Page& old = *row->pages.back();
+    if (old.memory != nullptr) {
+      std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes));
+    } else {
+      read_page(old, page->memory);
+    }
+    row->pages.back() = page;
+  } else {
+    if (row->pages.empty()) row->first_page = index;
+    row->pages.push_back(page);
+  }
+  add_candidate(&tails_, page);
+  return page.get();
+}
+
+void Drive::seal(const std::shared_ptr<Page>& page) {
+  page->sealed = true;
+  if (options_.resident) {
+    add_candidate(&sealed_, page);
+    return;
+  }
+  writer_->add(page);
+  while (writer_->pending_bytes() > kWriteWindowBytes) {
+    writer_->reap(true);
+    settle_writes();
+  }
+}
+
+void Drive::add_candidate(Candidates* candidates, const std::shared_ptr<Page>& page) {
+  std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
+  if (pages.size() >= candidates->sweep_at) {
+    const bool sealed = page->sealed;
+    const auto stale = [sealed](const std::weak_ptr<Page>& entry) {
+      const std::shared_ptr<Page> other = entry.lock();
+      return other == nullptr || !other->writable() || other->sealed != sealed;
+    };
+    pages.erase(std::remove_if(pages.begin(), pages.end(), stale), pages.end());
+    candidates->sweep_at = std::max<size_t>(1024, 2 * pages.size());
+  }
+  pages.push_back(page);
+}
+
+// Room for one page, made by writing others if there is none.
+uint8_t* Drive::page_memory(int64_t page_bytes) {
+  const int64_t window = std::min(kWriteWindowBytes, arena_->limit_bytes() / 4);
+  for (;;) {
+    if (uint8_t* memory = arena_->allocate(page_bytes)) return memory;
+    // Many pages on their way at once, so that the drive is kept busy; then wait for the first to be done.
+    while (writer_->pending_bytes() < window && evict_one()) {
+    }
+    writer_->flush();
+    if (writer_->idle()) {
+      throw Error(ErrorKind::kBudget, "memory_budget of " + text(options_.memory_budget_bytes) +
+                                          " bytes has no room for another page of " + text(page_bytes) +
+                                          " bytes; raise it");
+    }
+    writer_->reap(true);
+    settle_writes();
+  }
+}
+
+// Starts writing one page so that its memory becomes free: the most recently filled one, because what stays should be
+// a fixed set (a scan over everything defeats any recency order); if there is none, a tail.
+bool Drive::evict_one() {
+  for (Candidates* candidates : {&sealed_, &tails_}) {
+    std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
+    while (!pages.empty()) {
+      const std::shared_ptr<Page> page = pages.back().lock();
+      if (page == nullptr || !page->writable()) {
+        pages.pop_back();
+        continue;
+      }
+      writer_->add(page);
+      if (!page->sealed) tail_spills_++;
+      pages.pop_back();
+      return true;
+    }
+  }
+  return false;
+}
+
+// Takes note of writes that ended. Those that failed left their pages in memory: they stay candidates, to be tried last.
+void Drive::settle_writes() {
+  writer_->reap(false);
+  const std::vector<std::shared_ptr<Page>> failed = writer_->take_failed();
+  sealed_.pages.insert(sealed_.pages.begin(), failed.begin(), failed.end());
+  writer_->throw_error();
+}
+
+void Drive::read_page(const Page& page, uint8_t* memory) {
+  iovec segment{memory, static_cast<size_t>(page.page_bytes)};
+  IoRequest request;
+  request.file_offset = page.file_offset;
+  request.segments = &segment;
+  request.segment_count = 1;
+  page_queue_->submit(request);
+  std::vector<IoCompletion> completions;
+  while (completions.empty()) page_queue_->reap(true, &completions);
+  if (completions.front().error != 0) {
+    throw io_error(file_.path, "reading a KV page at byte " + text(page.file_offset) + " failed",
+                   completions.front().error);
+  }
+}
+
+void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  Layer& layer = find(layer_id);
+  const bool one_for_all = lengths.size() == 1;
+  if (!one_for_all && lengths.size() != layer.rows.size()) {
+    throw Error(ErrorKind::kValue, "truncate: wanted one length or one per row (" +
+                                       text(static_cast<int64_t>(layer.rows.size())) + "), got " +
+                                       text(static_cast<int64_t>(lengths.size())));
+  }
+  for (size_t i = 0; i < layer.rows.size(); ++i) {
+    const int64_t length = lengths[one_for_all ? 0 : i];
+    if (length < layer.begin) {
+      throw Error(ErrorKind::kValue, "truncate: length must be at least " + text(layer.begin) +
+                                         " (older tokens were trimmed), got " + text(length));
+    }
+  }
+  bool shortened = false;
+  for (size_t i = 0; i < layer.rows.size(); ++i) {
+    Row& row = layer.rows[i];
+    const int64_t length = lengths[one_for_all ? 0 : i];
+    if (length >= row.length) continue;
+    row.truncate(length);
+    shortened = true;
+  }
+  if (shortened) layer.epoch++;
+}
+
+void Drive::trim(int64_t layer_id, int64_t begin) {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  Layer& layer = find(layer_id);
+  for (const Row& row : layer.rows) {
+    if (begin > row.length) {
+      throw Error(ErrorKind::kValue, "trim: begin must not lie behind a row's end (" + text(row.length) + "), got " +
+                                         text(begin));
+    }
+  }
+  if (begin <= layer.begin) return;
+  layer.begin = begin;
+  for (Row& row : layer.rows) {
+    while (!row.pages.empty() && (row.first_page + 1) * kPageTokens <= begin) {
+      row.pages.pop_front();
+      row.first_page++;
+    }
+  }
+}
+
+void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  Layer& layer = find(layer_id);
+  const auto row_count = static_cast<int64_t>(layer.rows.size());
+  bool identity = static_cast<int64_t>(index.size()) == row_count;
+  for (size_t i = 0; i < index.size(); ++i) {
+    if (index[i] < 0 || index[i] >= row_count) {
+      throw Error(ErrorKind::kValue, "reorder: index must be in [0, " + text(row_count) + "), got " + text(index[i]) +
+                                         " at position " + text(static_cast<int64_t>(i)));
+    }
+    identity = identity && index[i] == static_cast<int64_t>(i);
+  }
+  if (identity) return;
+  std::vector<int64_t> uses_left(layer.rows.size(), 0);
+  for (const int64_t source : index) uses_left[static_cast<size_t>(source)]++;
+  std::vector<Row> rows;
+  for (const int64_t source : index) {
+    Row& old = layer.rows[static_cast<size_t>(source)];
+    if (--uses_left[static_cast<size_t>(source)] == 0) {
+      rows.push_back(std::move(old));  // the last user of a row takes it over, with the extent it fills
+    } else {
+      rows.push_back(old);
+      rows.back().stream = std::make_shared<ExtentStream>(space_, layer.geometry.page_bytes());
+    }
+  }
+  layer.rows = std::move(rows);
+  layer.epoch++;
+}
+
+// ---- computing from it ------------------------------------------------------------------------------------------
+
+PassContext Drive::context() { return {&kernels_, stream_.get(), &scratch_, scratch_bytes_max_}; }
+
+void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) const {
+  if (epoch >= 0 && epoch != layer.epoch) {
+    throw Error(ErrorKind::kStale,
+                "the tokens this StorageTensor stood for were reordered, truncated or freed since it was made; take "
+                "the layer's keys and values anew");
+  }
+  const auto row_count = static_cast<int64_t>(layer.rows.size());
+  if (span.row_begin < 0 || span.row_count < 0 || span.row_begin + span.row_count > row_count) {
+    throw Error(ErrorKind::kValue, "wanted rows [" + text(span.row_begin) + ", " +
+                                       text(span.row_begin + span.row_count) + "), the layer holds " +
+                                       text(row_count));
+  }
+  if (span.kv_begin < layer.begin) {
+    throw Error(ErrorKind::kStale, "tokens before position " + text(layer.begin) +
+                                       " were trimmed (sliding window), wanted them from " + text(span.kv_begin));
+  }
+  for (int64_t i = 0; i < span.row_count; ++i) {
+    const int64_t length = layer.rows[static_cast<size_t>(span.row_begin + i)].length;
+    if (span.kv_end > length) {
+      throw Error(ErrorKind::kValue, "wanted tokens up to position " + text(span.kv_end) + ", row " +
+                                         text(span.row_begin + i) + " has " + text(length));
+    }
+  }
+}
+
+void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
+  check_process();
+  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  const Layer& layer = find(layer_id);
+  if (request.span.kv_begin < 0) request.span.kv_begin = layer.begin;
+  check_span(layer, epoch, request.span);
+  std::lock_guard<std::mutex> pass(pass_mutex_);
+  csd::attend(context(), layer, request);
+  attend_calls_++;
+}
+
+void Drive::scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request) {
+  check_process();
+  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  const Layer& layer = find(layer_id);
+  check_span(layer, epoch, request.span);
+  std::lock_guard<std::mutex> pass(pass_mutex_);
+  csd::scores(context(), layer, request);
+}
+
+void Drive::weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request) {
+  check_process();
+  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  const Layer& layer = find(layer_id);
+  check_span(layer, epoch, request.span);
+  std::lock_guard<std::mutex> pass(pass_mutex_);
+  csd::weighted_sum(context(), layer, request);
+}
+
+void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
+  check_process();
+  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  const Layer& layer = find(layer_id);
+  check_span(layer, epoch, request.span);
+  std::lock_guard<std::mutex> pass(pass_mutex_);
+  csd::read(context(), layer, request);
+}
+
+// ---- reporting --------------------------------------------------------------------------------------------------
+
+std::string Drive::stats_json() {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  writer_->reap(false);
+  int64_t pages_on_drive = 0;
+  int64_t pages_resident = 0;
+  int64_t kv_bytes = 0;
+  for (const auto& [id, layer] : layers_) {
+    for (const Row& row : layer.rows) {
+      for (const std::shared_ptr<Page>& page : row.pages) {
+        (page->memory != nullptr ? pages_resident : pages_on_drive)++;
+        kv_bytes += layer.geometry.page_bytes();
+      }
+    }
+  }
+  const StreamCounters& counters = stream_->counters();
+  const auto number = [](const char* name, int64_t value) {
+    return std::string("\"") + name + "\": " + std::to_string(value) + ", ";
+  };
+  const auto quoted = [](const char* name, const std::string& value) {
+    std::string escaped;
+    for (const char c : value) {
+      if (c == '"' || c == '\\') escaped.push_back('\\');
+      escaped.push_back(static_cast<unsigned char>(c) < 0x20 ? ' ' : c);
+    }
+    return std::string("\"") + name + "\": \"" + escaped + "\", ";
+  };
+  const auto seconds = [](const char* name, int64_t nanoseconds) {
+    return std::string("\"") + name + "\": " + std::to_string(static_cast<double>(nanoseconds) * 1e-9) + ", ";
+  };
+  std::string json = "{";
+  json += quoted("directory", options_.directory);
+  json += quoted("io_engine", file_.engine);
+  json += quoted("io_reason", file_.reason);
+  json += std::string("\"direct_io\": ") + (file_.direct_io ? "true, " : "false, ");
+  json += quoted("simd", kernels_.name);
+  json += number("threads", stream_->worker_limit());
+  json += number("memory_budget_bytes", options_.memory_budget_bytes);
+  json += number("memory_used_bytes", arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
+  json += number("drive_read_bytes", counters.drive_read_bytes);
+  json += number("resident_read_bytes", counters.resident_read_bytes);
+  json += number("drive_written_bytes", writer_->written_bytes());
+  json += number("drive_pending_bytes", writer_->pending_bytes());
+  json += number("attend_calls", attend_calls_);
+  json += number("appended_tokens", appended_tokens_);
+  json += number("tail_spills", tail_spills_);
+  json += seconds("io_wait_s", counters.io_wait_ns);
+  json += seconds("compute_s", counters.compute_ns);
+  json += number("file_bytes", space_->file_bytes());
+  json += number("pages_on_drive", pages_on_drive);
+  json += number("pages_resident", pages_resident);
+  json += number("page_table_bytes", kv_bytes);
+  json.resize(json.size() - 2);
+  return json + "}";
+}
+
+}  // namespace csd

@@ -1,0 +1,132 @@
+// A drive: one directory's file, the pages in it and in memory, and everything that is done to them. The ops call this.
+//
+// Thread-safe: calls that change something run alone, reads may overlap with each other (their passes take turns).
+// memory_budget is divided once: staging for reads in flight, scratch for partial results, and the arena, which holds
+// the tails and, in what is left, full pages that then never have to be read. A page that finds no room is written and
+// leaves memory; even a tail may, so any budget above the minimum holds any context.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "executor/attend.h"
+#include "executor/stream.h"
+#include "executor/writer.h"
+#include "io/io.h"
+#include "kernels/kernels.h"
+#include "store/arena.h"
+#include "store/extents.h"
+#include "store/layer.h"
+
+namespace csd {
+
+struct DriveOptions {
+  std::string directory;
+  std::string io_engine = "auto";  // "auto" | "io_uring" | "pread"
+  std::string simd = "auto";       // "auto" | "serial" | "avx2" | "avx512"
+  int64_t memory_budget_bytes = int64_t{1} << 30;
+  int64_t threads = 1;
+  int64_t queue_depth = 32;
+  bool resident = true;  // false: full pages always leave memory (to measure or test the drive)
+};
+
+// New tokens of one layer: k [row_count, num_kv_heads, q_len, head_dim_k], v likewise, strides in elements, last dense.
+struct AppendRequest {
+  DType dtype = DType::kFloat32;
+  int64_t row_count = 0;
+  int64_t q_len = 0;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  int64_t k_strides[3] = {0, 0, 0};
+  int64_t v_strides[3] = {0, 0, 0};
+  const int64_t* lengths = nullptr;  // [row_count] tokens of each row that count; null: all q_len
+};
+
+struct LayerInfo {
+  Geometry geometry;
+  int64_t epoch = 0;
+  int64_t begin = 0;
+  std::vector<int64_t> lengths;
+};
+
+class Drive {
+ public:
+  explicit Drive(const DriveOptions& options);
+  ~Drive();
+  Drive(const Drive&) = delete;
+  Drive& operator=(const Drive&) = delete;
+
+  int64_t create_layer(const Geometry& geometry);
+  int64_t fork_layer(int64_t layer_id);
+  void drop_layer(int64_t layer_id);
+  LayerInfo info(int64_t layer_id);
+
+  // All or nothing: after an error every row is as long as before. An empty layer takes row_count as its batch.
+  void append(int64_t layer_id, const AppendRequest& request);
+  void truncate(int64_t layer_id, const std::vector<int64_t>& lengths);  // one for all rows, or one per row
+  void trim(int64_t layer_id, int64_t begin);
+  void reorder(int64_t layer_id, const std::vector<int64_t>& index);
+
+  // epoch: of the view the caller holds; -1 takes the layer as it is now. Throws kStale when it has changed.
+  void attend(int64_t layer_id, int64_t epoch, AttendRequest request);
+  void scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request);
+  void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
+  void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
+
+  std::string stats_json();
+
+ private:
+  Layer& find(int64_t layer_id);
+  void check_process() const;
+  Row new_row(const Geometry& geometry);
+  void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count);
+  Page* writable_tail(const Geometry& geometry, Row* row);
+  uint8_t* page_memory(int64_t page_bytes);
+  bool evict_one();
+  void seal(const std::shared_ptr<Page>& page);
+  void read_page(const Page& page, uint8_t* memory);
+  void settle_writes();
+  void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
+  PassContext context();
+
+  // Pages in memory that may have to leave it. Entries go stale, are skipped, and are swept out now and then.
+  struct Candidates {
+    std::vector<std::weak_ptr<Page>> pages;
+    size_t sweep_at = 1024;
+  };
+  static void add_candidate(Candidates* candidates, const std::shared_ptr<Page>& page);
+
+  const DriveOptions options_;
+  const pid_t process_;
+  const Kernels& kernels_;
+  OpenedFile file_;
+  std::unique_ptr<IoEngine> engine_;
+  std::unique_ptr<Arena> arena_;
+  std::shared_ptr<FileSpace> space_;
+  int64_t scratch_bytes_max_ = 0;
+  std::unique_ptr<PageStream> stream_;
+  std::unique_ptr<Writer> writer_;
+  std::unique_ptr<IoQueue> page_queue_;  // for single pages read back into the tail
+  AlignedBuffer scratch_;
+
+  std::shared_mutex state_mutex_;  // layers, pages, arena, space, writer
+  std::mutex pass_mutex_;          // stream, scratch; taken after state_mutex_
+  std::map<int64_t, Layer> layers_;
+  int64_t next_layer_id_ = 0;
+  Candidates sealed_;  // full pages
+  Candidates tails_;   // pages that a row still fills
+
+  std::atomic<int64_t> attend_calls_{0};
+  int64_t appended_tokens_ = 0;
+  int64_t tail_spills_ = 0;  // tails that had to leave memory
+};
+
+}  // namespace csd

@@ -1,0 +1,37 @@
+// The plan of one pass over stored pages: which are in memory, and how the others are read in few, large, sequential
+// reads. Pure: no I/O, no threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "store/layer.h"
+
+namespace csd {
+
+// One page that a pass needs for one row. Rows that share a page (beams, forks) each have a use of it; it is read once.
+struct PageUse {
+  const Page* page = nullptr;
+  int64_t row = 0;    // index into the layer's rows
+  int64_t index = 0;  // page index: its first token is at position index * kPageTokens
+};
+
+// Pages that lie side by side on the drive, read at once.
+struct ReadRun {
+  int64_t file_offset = 0;
+  int64_t bytes = 0;
+  int64_t use_begin = 0;  // Plan::drive_uses
+  int64_t use_end = 0;
+};
+
+struct Plan {
+  std::vector<PageUse> memory_uses;
+  std::vector<PageUse> drive_uses;  // by file offset
+  std::vector<ReadRun> reads;
+  int64_t read_bytes = 0;
+};
+
+// read_bytes_max: no run is longer, except that it holds at least one page.
+Plan make_plan(const std::vector<PageUse>& uses, int64_t page_bytes, int64_t read_bytes_max);
+
+}  // namespace csd

@@ -1,0 +1,99 @@
+#include "executor/writer.h"
+
+#include <utility>
+
+#include "base/error.h"
+
+namespace csd {
+namespace {
+
+constexpr int64_t kWriteBytes = int64_t{1} << 20;
+constexpr size_t kSegmentsMax = 256;  // well under IOV_MAX
+
+}  // namespace
+
+Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path) : queue_(std::move(queue)), path_(std::move(path)) {
+  requests_.resize(static_cast<size_t>(queue_->depth()));
+  for (size_t tag = requests_.size(); tag-- > 0;) free_tags_.push_back(tag);
+}
+
+Writer::~Writer() = default;  // ~IoQueue waits; then the batches let go of their pages
+
+void Writer::add(const std::shared_ptr<Page>& page) {
+  const int64_t page_bytes = page->page_bytes;
+  auto [offset, extent] = page->stream->take();
+  const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == offset;
+  if (!batch_.pages.empty() && (!adjacent || batch_.bytes + page_bytes > kWriteBytes ||
+                                batch_.segments.size() == kSegmentsMax)) {
+    flush();
+  }
+  if (batch_.pages.empty()) {
+    batch_.file_offset = offset;
+    batch_.page_bytes = page_bytes;
+  }
+  page->file_offset = offset;
+  page->extent = std::move(extent);
+  batch_.pages.push_back(page);
+  batch_.segments.push_back({page->memory, static_cast<size_t>(page_bytes)});
+  batch_.bytes += page_bytes;
+  pending_bytes_ += page_bytes;
+  if (batch_.bytes >= kWriteBytes) flush();
+}
+
+void Writer::flush() {
+  if (batch_.pages.empty()) return;
+  while (free_tags_.empty()) reap(true);
+  const uint64_t tag = free_tags_.back();
+  free_tags_.pop_back();
+  Batch& request = requests_[tag];
+  request = std::exchange(batch_, Batch{});
+  IoRequest io;
+  io.op = IoOp::kWrite;
+  io.file_offset = request.file_offset;
+  io.segments = request.segments.data();
+  io.segment_count = static_cast<int>(request.segments.size());
+  io.tag = tag;
+  queue_->submit(io);
+}
+
+void Writer::reap(bool wait) {
+  if (wait && queue_->in_flight() == 0) flush();
+  if (queue_->in_flight() == 0) return;
+  completions_.clear();
+  queue_->reap(wait, &completions_);
+  for (const IoCompletion& completion : completions_) {
+    Batch request = std::exchange(requests_[completion.tag], Batch{});
+    free_tags_.push_back(completion.tag);
+    pending_bytes_ -= request.bytes;
+    if (completion.error == 0) written_bytes_ += request.bytes;
+    for (std::shared_ptr<Page>& page : request.pages) {
+      if (completion.error == 0) {
+        page->arena->release(std::exchange(page->memory, nullptr));
+      } else {
+        page->file_offset = -1;
+        page->extent.reset();
+        failed_.push_back(std::move(page));
+      }
+    }
+    if (completion.error != 0 && error_ == 0) {
+      error_ = completion.error;
+      error_offset_ = request.file_offset;
+    }
+  }
+}
+
+void Writer::drain() {
+  while (!idle()) reap(true);
+}
+
+void Writer::throw_error() {
+  const int error = std::exchange(error_, 0);
+  if (error == 0) return;
+  throw io_error(path_, "writing KV pages at byte " + std::to_string(error_offset_) +
+                            " failed (they are kept in memory; the append that needed the room is undone)",
+                 error);
+}
+
+std::vector<std::shared_ptr<Page>> Writer::take_failed() { return std::exchange(failed_, {}); }
+
+}  // namespace csd

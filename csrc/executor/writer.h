@@ -1,0 +1,61 @@
+// Write-behind: takes pages out of memory, onto the drive, without making the caller wait for the drive.
+//
+// Adjacent pages go out in one vectored write. A page stays readable in memory until its write has completed; if the
+// write fails the page stays in memory, unwritten, and the error is kept for the next append. Not thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/io.h"
+#include "store/layer.h"
+
+namespace csd {
+
+class Writer {
+ public:
+  Writer(std::unique_ptr<IoQueue> queue, std::string path);
+  ~Writer();  // waits for what is in flight
+
+  // Assigns the page its place and queues it. Throws kNoSpace when the drive has no place; the page is then as before.
+  void add(const std::shared_ptr<Page>& page);
+  // Starts what add() still holds back to coalesce it.
+  void flush();
+  // Frees the memory of pages whose write is done. wait: blocks until at least one request is done.
+  void reap(bool wait);
+  void drain();
+
+  bool idle() const { return queue_->in_flight() == 0 && batch_.pages.empty(); }
+  int64_t pending_bytes() const { return pending_bytes_; }
+  int64_t written_bytes() const { return written_bytes_; }
+
+  // Throws the error of a write that failed since the last call, once. Pages it concerned are back in memory.
+  void throw_error();
+  // The pages of failed writes, to be kept track of again.
+  std::vector<std::shared_ptr<Page>> take_failed();
+
+ private:
+  struct Batch {
+    int64_t file_offset = 0;
+    int64_t bytes = 0;
+    int64_t page_bytes = 0;
+    std::vector<std::shared_ptr<Page>> pages;
+    std::vector<iovec> segments;
+  };
+
+  std::unique_ptr<IoQueue> queue_;
+  const std::string path_;
+  Batch batch_;                  // being filled
+  std::vector<Batch> requests_;  // by tag
+  std::vector<uint64_t> free_tags_;
+  std::vector<IoCompletion> completions_;
+  std::vector<std::shared_ptr<Page>> failed_;
+  int64_t pending_bytes_ = 0;
+  int64_t written_bytes_ = 0;
+  int error_ = 0;
+  int64_t error_offset_ = 0;
+};
+
+}  // namespace csd

@@ -1,0 +1,94 @@
+// Moves bytes between one file and buffers. Knows nothing of attention.
+//
+// An engine makes queues; a queue is used by one thread at a time. Requests are submitted, run
+// asynchronously, and are reaped in any order. Short transfers, EINTR and EAGAIN are resumed inside the
+// queue: a completion is always the whole request or an error. Two implementations, io_uring and a pread
+// thread pool, pass the same tests.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace csd {
+
+enum class IoOp : uint8_t { kRead, kWrite };
+
+// segments (and the memory they name) belong to the caller and must stay valid and unchanged until the
+// completion is reaped. With direct I/O, file_offset and every segment's base and length are multiples of
+// kBlockBytes.
+struct IoRequest {
+  IoOp op = IoOp::kRead;
+  int64_t file_offset = 0;
+  const iovec* segments = nullptr;
+  int segment_count = 0;
+  uint64_t tag = 0;  // comes back in the completion
+};
+
+struct IoCompletion {
+  uint64_t tag = 0;
+  int error = 0;  // 0, or an errno value. A read past the end of the file is EIO ("end of file" in the text
+                  // we raise).
+};
+
+class IoQueue {
+ public:
+  virtual ~IoQueue() = default;  // waits for what is in flight: no buffer is touched afterwards
+  // At most depth() requests may be in flight. Starts the request now, or at the next reap at the latest.
+  virtual void submit(const IoRequest& request) = 0;
+  // Appends finished requests to *completions. wait: blocks until there is at least one (requires in_flight()
+  // > 0).
+  virtual void reap(bool wait, std::vector<IoCompletion>* completions) = 0;
+  virtual int in_flight() const = 0;
+  virtual int depth() const = 0;
+};
+
+class IoEngine {
+ public:
+  virtual ~IoEngine() = default;  // its queues are gone by then
+  virtual const char* name() const = 0;
+  // buffers: memory the queue's requests will mostly use, registered with the kernel where that is possible
+  // (a failure to register is not an error; requests outside of it work too). Throws kStore when a queue
+  // cannot be made.
+  virtual std::unique_ptr<IoQueue> make_queue(int fd, int depth, const std::vector<iovec>& buffers) = 0;
+};
+
+// name: "io_uring" or "pread". Throws kStore with the reason (not compiled in, seccomp, sysctl) if it cannot
+// run here.
+std::unique_ptr<IoEngine> make_io_engine(const std::string& name, int thread_count);
+
+// True when this build has liburing.
+bool io_uring_compiled();
+
+// The file a drive lives in, and how it turned out that it can be reached.
+struct OpenedFile {
+  int fd = -1;
+  bool direct_io = false;
+  std::string engine;  // "io_uring" | "pread"
+  std::string reason;  // one sentence: why this engine and why (not) direct, with errno text of what failed
+  std::string path;    // for error texts: the directory plus "/(scratch)"
+};
+
+// Opens a scratch file in the directory that leaves nothing behind however the process ends (O_TMPFILE; else
+// created 0600 and unlinked at once), then tries, in this order, engine x {O_DIRECT, buffered}: a real write
+// of one block through the engine and its read-back, compared. io_engine: "auto", "io_uring" or "pread"; an
+// explicit engine that does not work is an error. Throws kStore for a directory that is missing, not a
+// directory, not writable or full.
+OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine);
+
+struct ProbeResult {
+  std::string directory;
+  std::string file_system;  // e.g. "ext4", "tmpfs", from statfs; hex when unknown
+  std::string device;       // major:minor and, where sysfs tells, its name and model
+  int64_t free_bytes = 0;
+  OpenedFile chosen;                  // closed: fd = -1
+  std::vector<std::string> verdicts;  // one line per engine x mode tried
+};
+
+// Everything `torch-csd probe` prints, short of a speed measurement. Leaves nothing behind.
+ProbeResult probe_directory(const std::string& directory, const std::string& io_engine);
+
+}  // namespace csd

@@ -1,0 +1,91 @@
+// Pure arithmetic on raw pointers over one tile (base/types.h). Knows no files, no threads, no torch.
+//
+// One file per instruction set, each with the same functions in the same order, behind this table. All
+// arithmetic is fp32: stored bf16 and fp16 widen exactly, so results differ from exact attention by fp32
+// rounding only.
+#pragma once
+
+#include <cstdint>
+
+#include "base/types.h"
+
+namespace csd {
+
+// Running maximum and denominator of one query's softmax. Empty is max = -inf, sum = 0 (FlashAttention,
+// 2205.14135).
+struct SoftmaxState {
+  float max;
+  float sum;
+};
+
+// What is done to one query's scores of one page before the softmax. Applied in this order: soft-cap, bias,
+// ALiBi, range. Everything outside [token_begin, token_end) gets probability 0.
+struct ScoreModifier {
+  int64_t token_begin = 0;
+  int64_t token_end = kPageTokens;
+  float softcap = 0.0f;         // cap * tanh(s / cap); 0: none
+  const float* bias = nullptr;  // [kPageTokens], added; -inf masks; null: none
+  float alibi_slope = 0.0f;     // adds alibi_slope * (alibi_offset + t) for token t of the page
+  float alibi_offset = 0.0f;
+};
+
+struct Kernels {
+  const char* name;
+
+  // scores[m][t] = sum over d of q[m][d] * k[d][t], for all kPageTokens tokens of the tile.
+  // q: [query_count][head_dim] fp32, already scaled. k_tile: [head_dim][kPageTokens] of dtype, 64-byte
+  // aligned. scores: [query_count][kPageTokens] fp32, 64-byte aligned. Slots that hold no token give garbage,
+  // never a fault.
+  void (*score_tile)(DType dtype, const float* q, const void* k_tile, int64_t query_count, int64_t head_dim,
+                     float* scores);
+
+  // Online softmax over one query's row: modifies scores, folds them into state, leaves probabilities
+  // relative to the new maximum in scores (0 outside the range or where masked), and returns the factor by
+  // which what was accumulated so far must shrink (1 when the maximum did not move; 1 while the state is
+  // still empty).
+  float (*softmax_row)(float* scores, const ScoreModifier& modifier, SoftmaxState* state);
+
+  // out[m][d] = out[m][d] * shrink[m] + sum over t in [token_begin, token_end) of p[m][t] * v[t][d].
+  // p: [query_count][kPageTokens] fp32; v_tile: [kPageTokens][head_dim] of dtype; out:
+  // [query_count][head_dim] fp32. Tokens outside the range are never read: their slots may hold anything.
+  void (*accumulate_tile)(DType dtype, const float* p, const float* shrink, const void* v_tile,
+                          int64_t query_count, int64_t head_dim, int64_t token_begin, int64_t token_end,
+                          float* out);
+
+  // out[i] = a[i] * a_weight + b[i] * b_weight, i < count. out may be a. With both weights 0 the result is 0,
+  // whatever a and b hold.
+  void (*blend)(const float* a, float a_weight, const float* b, float b_weight, int64_t count, float* out);
+
+  // out[i] = in[i] * factor, converted between dtypes with round-to-nearest-even. in and out do not overlap.
+  void (*load)(DType dtype, const void* in, float factor, int64_t count, float* out);
+  void (*store)(DType dtype, const float* in, float factor, int64_t count, void* out);
+
+  // Writes token_count tokens of one kv head into a tile's K (transposing) or V, starting at slot
+  // token_begin, converting source_dtype to tile_dtype (exact when they are equal). Token i of the source
+  // starts at source + i * token_stride elements; its head_dim elements are adjacent. Other slots keep what
+  // they held.
+  void (*pack_k)(DType source_dtype, const void* source, int64_t token_stride, DType tile_dtype,
+                 int64_t head_dim, int64_t token_begin, int64_t token_count, void* k_tile);
+  void (*pack_v)(DType source_dtype, const void* source, int64_t token_stride, DType tile_dtype,
+                 int64_t head_dim, int64_t token_begin, int64_t token_count, void* v_tile);
+
+  // The reverse of pack_k and pack_v: slots [token_begin, token_begin + token_count) to dense tokens,
+  // token_stride elements apart.
+  void (*unpack_k)(DType tile_dtype, const void* k_tile, int64_t head_dim, int64_t token_begin,
+                   int64_t token_count, DType target_dtype, int64_t token_stride, void* target);
+  void (*unpack_v)(DType tile_dtype, const void* v_tile, int64_t head_dim, int64_t token_begin,
+                   int64_t token_count, DType target_dtype, int64_t token_stride, void* target);
+};
+
+extern const Kernels kSerialKernels;
+extern const Kernels kAvx2Kernels;    // requires avx2, fma, f16c
+extern const Kernels kAvx512Kernels;  // requires avx512 f, bw, dq, vl
+
+// The fastest table this processor runs, or the one asked for: "auto", "serial", "avx2", "avx512". Throws
+// kValue for an unknown name and for one this processor does not have, naming those it has.
+const Kernels& select_kernels(const char* name);
+
+// Comma-separated names of the tables this processor runs, slowest first.
+const char* supported_kernels();
+
+}  // namespace csd

@@ -1,0 +1,471 @@
+// Op schemas, and the only file that includes torch: tensors in, raw pointers on, to a Drive. Stable ABI only.
+//
+// A handle is an int64 tensor {drive, layer, epoch}: graphs can carry it without being tied to one store. layer is -1
+// in a drive's own handle; epoch is -1 for "as the layer is now", else the state that a StorageTensor stands for.
+// Ops that change a store take the handle as Tensor(a!), so that graphs keep their order.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "base/error.h"
+#include "executor/drive.h"
+
+namespace csd::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kHandleSize = 3;
+constexpr int64_t kWholeDrive = -1;
+constexpr int64_t kAnyEpoch = -1;
+
+// ---- handles ----------------------------------------------------------------------------------------------------
+
+std::mutex registry_mutex;
+
+std::map<int64_t, std::shared_ptr<Drive>>& registry() {
+  // Never destroyed: stores left open at exit would otherwise race with the destruction of other statics.
+  static auto* drives = new std::map<int64_t, std::shared_ptr<Drive>>();
+  return *drives;
+}
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+[[noreturn]] void fail(const std::string& message) { throw Error(ErrorKind::kValue, message); }
+
+struct Handle {
+  std::shared_ptr<Drive> drive;
+  int64_t layer;
+  int64_t epoch;
+};
+
+const int64_t* handle_values(const Tensor& handle) {
+  if (handle.scalar_type() != ScalarType::Long || handle.numel() != kHandleSize || !handle.is_cpu()) {
+    fail("a store handle must be an int64 CPU tensor of 3 elements");
+  }
+  return static_cast<const int64_t*>(handle.const_data_ptr());
+}
+
+Handle open_handle(const Tensor& handle) {
+  const int64_t* values = handle_values(handle);
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(values[0]);
+  if (found == registry().end()) throw Error(ErrorKind::kClosed, "this store is closed; open a new one");
+  return {found->second, values[1], values[2]};
+}
+
+Tensor make_handle(int64_t drive, int64_t layer) {
+  Tensor handle = torch::stable::empty({kHandleSize}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(handle.mutable_data_ptr());
+  values[0] = drive;
+  values[1] = layer;
+  values[2] = kAnyEpoch;
+  return handle;
+}
+
+// ---- tensors ----------------------------------------------------------------------------------------------------
+
+DType to_dtype(ScalarType type, const char* what) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(std::string(what) + " must be float32, bfloat16 or float16; convert it with .to()");
+  }
+}
+
+void check_rank4(const Tensor& tensor, const char* what, const char* shape) {
+  if (tensor.dim() != 4) {
+    fail(std::string(what) + " must be " + shape + ", got " + text(tensor.dim()) + " dimensions");
+  }
+  if (!tensor.is_cpu()) fail(std::string(what) + " must be on the CPU here; ops.py moves it");
+}
+
+Tensor dense_last(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) <= 1 ? tensor
+                                                                                  : torch::stable::contiguous(tensor);
+}
+
+QueryView query_view(const Tensor& q) {
+  QueryView view;
+  view.dtype = to_dtype(q.scalar_type(), "q");
+  view.data = q.const_data_ptr();
+  for (int64_t i = 0; i < 3; ++i) view.strides[i] = q.stride(i);
+  return view;
+}
+
+Span make_span(const Tensor& q, int64_t row_begin, int64_t kv_begin, int64_t kv_end) {
+  Span span;
+  span.row_begin = row_begin;
+  span.row_count = q.size(0);
+  span.kv_begin = kv_begin;
+  span.kv_end = kv_end;
+  return span;
+}
+
+void check_heads(int64_t num_heads, const Geometry& geometry, const char* what) {
+  if (num_heads == 0 || num_heads % geometry.num_kv_heads != 0) {
+    fail(std::string(what) + " must have a multiple of the layer's " + text(geometry.num_kv_heads) +
+         " kv heads, got " + text(num_heads));
+  }
+}
+
+void check_width(int64_t width, int64_t wanted, const char* what) {
+  if (width != wanted) {
+    fail(std::string(what) + " must be " + text(wanted) + " as in the layer, got " + text(width));
+  }
+}
+
+// Per-head float32 values: sinks, ALiBi slopes.
+const float* head_values(const std::optional<Tensor>& tensor, int64_t num_heads, const char* what) {
+  if (!tensor.has_value()) return nullptr;
+  if (tensor->scalar_type() != ScalarType::Float || tensor->numel() != num_heads || !tensor->is_contiguous() ||
+      !tensor->is_cpu()) {
+    fail(std::string(what) + " must be a contiguous float32 CPU tensor of " + text(num_heads) +
+         " elements (one per query head), got " + text(tensor->numel()));
+  }
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num_heads, int64_t q_len,
+                   int64_t kv_len) {
+  MaskView view;
+  if (!mask.has_value()) return view;
+  check_rank4(*mask, "mask", "[batch, num_heads, q_len, kv_len]");
+  switch (mask->scalar_type()) {
+    case ScalarType::Bool:
+      view.kind = MaskKind::kBool;
+      break;
+    case ScalarType::Float:
+      view.kind = MaskKind::kFloat32;
+      break;
+    case ScalarType::BFloat16:
+      view.kind = MaskKind::kBFloat16;
+      break;
+    case ScalarType::Half:
+      view.kind = MaskKind::kFloat16;
+      break;
+    default:
+      fail("mask must be bool (True: attend) or float32, bfloat16 or float16 (added to the scores)");
+  }
+  const int64_t wanted[4] = {batch, num_heads, q_len, kv_len};
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t size = mask->size(i);
+    if (size != wanted[i] && size != 1) {
+      fail("mask must be broadcastable to [" + text(batch) + ", " + text(num_heads) + ", " + text(q_len) + ", " +
+           text(kv_len) + "], got size " + text(size) + " in dimension " + text(i));
+    }
+    view.strides[i] = size == 1 ? 0 : mask->stride(i);
+  }
+  view.data = mask->const_data_ptr();
+  return view;
+}
+
+// ---- stores -----------------------------------------------------------------------------------------------------
+
+Tensor open(std::string directory, std::string io_engine, std::string simd, int64_t memory_budget, int64_t threads,
+            int64_t queue_depth, bool resident) {
+  DriveOptions options;
+  options.directory = std::move(directory);
+  options.io_engine = std::move(io_engine);
+  options.simd = std::move(simd);
+  options.memory_budget_bytes = memory_budget;
+  options.threads = threads;
+  options.queue_depth = queue_depth;
+  options.resident = resident;
+  auto drive = std::make_shared<Drive>(options);
+  static int64_t next_id = 0;
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const int64_t id = next_id++;
+  registry()[id] = std::move(drive);
+  return make_handle(id, kWholeDrive);
+}
+
+void close(const Tensor& drive) {
+  std::shared_ptr<Drive> closing;  // its destructor waits for I/O: outside of the lock
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(handle_values(drive)[0]);
+  if (found == registry().end()) return;
+  closing = std::move(found->second);
+  registry().erase(found);
+}
+
+Tensor create_layer(const Tensor& drive, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                    ScalarType kv_dtype) {
+  if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
+  for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
+    if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
+      fail("head_dim must be a multiple of " + text(kHeadDimMultiple) + " from " + text(kHeadDimMultiple) + " to " +
+           text(kHeadDimMax) + ", got " + text(head_dim) + "; pad the heads");
+    }
+  }
+  Geometry geometry;
+  geometry.num_kv_heads = num_kv_heads;
+  geometry.head_dim_k = head_dim_k;
+  geometry.head_dim_v = head_dim_v;
+  geometry.dtype = to_dtype(kv_dtype, "kv_dtype");
+  return make_handle(handle_values(drive)[0], open_handle(drive).drive->create_layer(geometry));
+}
+
+Tensor fork_layer(const Tensor& handle) {
+  const Handle source = open_handle(handle);
+  return make_handle(handle_values(handle)[0], source.drive->fork_layer(source.layer));
+}
+
+void drop_layer(const Tensor& handle) {
+  const Handle target = open_handle(handle);
+  target.drive->drop_layer(target.layer);
+}
+
+Tensor layer_info(const Tensor& handle) {
+  const Handle source = open_handle(handle);
+  const LayerInfo info = source.drive->info(source.layer);
+  std::vector<int64_t> values = {info.epoch, info.begin};
+  values.insert(values.end(), info.lengths.begin(), info.lengths.end());
+  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long);
+  std::copy(values.begin(), values.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
+void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any, std::optional<std::vector<int64_t>> lengths) {
+  const Handle target = open_handle(handle);
+  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
+  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
+  const Geometry geometry = target.drive->info(target.layer).geometry;
+  for (const Tensor* tensor : {&k_any, &v_any}) {
+    const char* what = tensor == &k_any ? "k's num_kv_heads" : "v's num_kv_heads";
+    check_width(tensor->size(1), geometry.num_kv_heads, what);
+  }
+  check_width(k_any.size(3), geometry.head_dim_k, "k's head_dim");
+  check_width(v_any.size(3), geometry.head_dim_v, "v's head_dim");
+  if (k_any.size(0) != v_any.size(0) || k_any.size(2) != v_any.size(2) || k_any.scalar_type() != v_any.scalar_type()) {
+    fail("k and v must agree in batch, tokens and dtype, got batch " + text(k_any.size(0)) + " and " +
+         text(v_any.size(0)) + ", tokens " + text(k_any.size(2)) + " and " + text(v_any.size(2)));
+  }
+  const Tensor k = dense_last(k_any);
+  const Tensor v = dense_last(v_any);
+  AppendRequest request;
+  request.dtype = to_dtype(k.scalar_type(), "k");
+  request.row_count = k.size(0);
+  request.q_len = k.size(2);
+  request.k = k.const_data_ptr();
+  request.v = v.const_data_ptr();
+  for (int64_t i = 0; i < 3; ++i) {
+    request.k_strides[i] = k.stride(i);
+    request.v_strides[i] = v.stride(i);
+  }
+  if (request.row_count < 1) fail("append: the batch must have at least one row");
+  if (lengths.has_value()) {
+    if (static_cast<int64_t>(lengths->size()) != request.row_count) {
+      fail("lengths must have one entry per row (" + text(request.row_count) + "), got " +
+           text(static_cast<int64_t>(lengths->size())));
+    }
+    for (const int64_t length : *lengths) {
+      if (length < 0 || length > request.q_len) {
+        fail("lengths must be between 0 and k's " + text(request.q_len) + " tokens, got " + text(length));
+      }
+    }
+    request.lengths = lengths->data();
+  }
+  target.drive->append(target.layer, request);
+}
+
+void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
+  const Handle target = open_handle(handle);
+  target.drive->truncate(target.layer, lengths);
+}
+
+void trim(const Tensor& handle, int64_t begin) {
+  const Handle target = open_handle(handle);
+  target.drive->trim(target.layer, begin);
+}
+
+void reorder(const Tensor& handle, std::vector<int64_t> index) {
+  if (index.empty()) fail("reorder: index must name at least one row; free the layer to drop them all");
+  const Handle target = open_handle(handle);
+  target.drive->reorder(target.layer, index);
+}
+
+// ---- computing --------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask,
+                                  std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, double scale,
+                                  int64_t causal, int64_t window, double softcap, int64_t row_begin, int64_t kv_begin,
+                                  int64_t kv_end, int64_t head_dim_v) {
+  const Handle source = open_handle(handle);
+  const LayerInfo info = source.drive->info(source.layer);
+  check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
+  check_heads(q_any.size(1), info.geometry, "q");
+  check_width(q_any.size(3), info.geometry.head_dim_k, "q's head_dim");
+  check_width(head_dim_v, info.geometry.head_dim_v, "head_dim_v");
+  if (causal < 0 || causal > 2) fail("causal must be 0 (none), 1 (lower right) or 2 (upper left)");
+  if (window < 0) fail("window must be positive, or 0 for none, got " + text(window));
+  const Tensor q = dense_last(q_any);
+  AttendRequest request;
+  request.span = make_span(q, row_begin, kv_begin, kv_end);
+  request.num_heads = q.size(1);
+  request.q_len = q.size(2);
+  request.q = query_view(q);
+  request.scale = static_cast<float>(scale);
+  request.causal = static_cast<Causal>(causal);
+  request.window = window;
+  request.softcap = static_cast<float>(softcap);
+  int64_t kv_len = kv_end - kv_begin;
+  if (kv_end < 0) {
+    kv_len = 0;
+    for (const int64_t length : info.lengths) kv_len = std::max(kv_len, length - kv_begin);
+  }
+  request.mask = mask_view(mask, request.span.row_count, request.num_heads, request.q_len, kv_len);
+  request.sinks = head_values(sinks, request.num_heads, "sinks");
+  request.alibi_slopes = head_values(alibi_slopes, request.num_heads, "alibi_slopes");
+  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  Tensor lse = torch::stable::empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  request.out = out.mutable_data_ptr();
+  request.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
+  return {out, lse};
+}
+
+Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin, int64_t kv_end) {
+  const Handle source = open_handle(handle);
+  const Geometry geometry = source.drive->info(source.layer).geometry;
+  check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
+  check_heads(q_any.size(1), geometry, "q");
+  check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
+  const Tensor q = dense_last(q_any);
+  ScoresRequest request;
+  request.span = make_span(q, row_begin, kv_begin, kv_end);
+  request.num_heads = q.size(1);
+  request.q_len = q.size(2);
+  request.q = query_view(q);
+  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
+  request.out = out.mutable_data_ptr();
+  if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
+  return out;
+}
+
+Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin, int64_t kv_begin, int64_t kv_end,
+                    int64_t head_dim_v) {
+  const Handle source = open_handle(handle);
+  const Geometry geometry = source.drive->info(source.layer).geometry;
+  check_rank4(p_any, "p", "[batch, num_heads, q_len, kv_len]");
+  check_heads(p_any.size(1), geometry, "p");
+  check_width(p_any.size(3), kv_end - kv_begin, "p's kv_len");
+  check_width(head_dim_v, geometry.head_dim_v, "head_dim_v");
+  const Tensor p = dense_last(p_any);
+  WeightedSumRequest request;
+  request.span = make_span(p, row_begin, kv_begin, kv_end);
+  request.num_heads = p.size(1);
+  request.q_len = p.size(2);
+  request.p = query_view(p);
+  Tensor out = torch::stable::empty({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
+  request.out = out.mutable_data_ptr();
+  if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
+  return out;
+}
+
+Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_begin, int64_t row_count,
+            int64_t kv_begin, int64_t kv_end, int64_t num_kv_heads, int64_t head_dim) {
+  const Handle source = open_handle(handle);
+  const Geometry geometry = source.drive->info(source.layer).geometry;
+  check_width(num_kv_heads, geometry.num_kv_heads, "num_kv_heads");
+  check_width(head_dim, values ? geometry.head_dim_v : geometry.head_dim_k, "head_dim");
+  ReadRequest request;
+  request.span.row_begin = row_begin;
+  request.span.row_count = row_count;
+  request.span.kv_begin = kv_begin;
+  request.span.kv_end = kv_end;
+  request.dtype = to_dtype(dtype, "dtype");
+  Tensor out = torch::stable::empty({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
+  (values ? request.v : request.k) = out.mutable_data_ptr();
+  if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
+  return out;
+}
+
+// ---- reporting --------------------------------------------------------------------------------------------------
+
+std::string stats(const Tensor& drive) { return open_handle(drive).drive->stats_json(); }
+
+std::string probe(std::string directory, std::string io_engine) {
+  const ProbeResult result = probe_directory(directory, io_engine);
+  std::string lines = result.file_system + "\n" + result.device + "\n" + text(result.free_bytes) + "\n" +
+                      result.chosen.engine + "\n" + (result.chosen.direct_io ? "1" : "0") + "\n" +
+                      result.chosen.reason;
+  for (const std::string& verdict : result.verdicts) lines += "\n" + verdict;
+  return lines;
+}
+
+std::string supported_simd() { return supported_kernels(); }
+
+}  // namespace
+}  // namespace csd::ops
+
+STABLE_TORCH_LIBRARY(torch_csd, m) {
+  m.def(
+      "open(str directory, str io_engine, str simd, int memory_budget, int threads, int queue_depth, bool resident) "
+      "-> Tensor");
+  m.def("close(Tensor(a!) drive) -> ()");
+  m.def(
+      "create_layer(Tensor(a!) drive, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType kv_dtype) "
+      "-> Tensor");
+  m.def("fork_layer(Tensor handle) -> Tensor");
+  m.def("drop_layer(Tensor(a!) handle) -> ()");
+  m.def("layer_info(Tensor handle) -> Tensor");
+  m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> ()");
+  m.def("truncate(Tensor(a!) handle, int[] lengths) -> ()");
+  m.def("trim(Tensor(a!) handle, int begin) -> ()");
+  m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
+  m.def(
+      "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int causal, "
+      "int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
+      "-> (Tensor, Tensor)");
+  m.def("scores(Tensor handle, Tensor q, SymInt row_begin, SymInt kv_begin, SymInt kv_end) -> Tensor");
+  m.def(
+      "weighted_sum(Tensor handle, Tensor p, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
+      "-> Tensor");
+  m.def(
+      "read(Tensor handle, bool values, ScalarType dtype, SymInt row_begin, SymInt row_count, SymInt kv_begin, "
+      "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
+  m.def("stats(Tensor drive) -> str");
+  m.def("probe(str directory, str io_engine) -> str");
+  m.def("supported_simd() -> str");
+}
+
+// No tensor argument to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(torch_csd, BackendSelect, m) {
+  m.impl("open", TORCH_BOX(&csd::ops::open));
+  m.impl("probe", TORCH_BOX(&csd::ops::probe));
+  m.impl("supported_simd", TORCH_BOX(&csd::ops::supported_simd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
+  m.impl("close", TORCH_BOX(&csd::ops::close));
+  m.impl("create_layer", TORCH_BOX(&csd::ops::create_layer));
+  m.impl("fork_layer", TORCH_BOX(&csd::ops::fork_layer));
+  m.impl("drop_layer", TORCH_BOX(&csd::ops::drop_layer));
+  m.impl("layer_info", TORCH_BOX(&csd::ops::layer_info));
+  m.impl("append", TORCH_BOX(&csd::ops::append));
+  m.impl("truncate", TORCH_BOX(&csd::ops::truncate));
+  m.impl("trim", TORCH_BOX(&csd::ops::trim));
+  m.impl("reorder", TORCH_BOX(&csd::ops::reorder));
+  m.impl("attend", TORCH_BOX(&csd::ops::attend));
+  m.impl("scores", TORCH_BOX(&csd::ops::scores));
+  m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));
+  m.impl("read", TORCH_BOX(&csd::ops::read));
+  m.impl("stats", TORCH_BOX(&csd::ops::stats));
+}

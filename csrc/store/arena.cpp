@@ -1,0 +1,110 @@
+#include "store/arena.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/types.h"
+
+namespace csd {
+namespace {
+
+constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+constexpr int64_t kChunkBytesMin = int64_t{64} << 10;
+
+// Small budgets get small chunks: with a handful of page sizes, 2 MiB chunks would strand most of an 8 MiB budget.
+int64_t choose_chunk_bytes(int64_t limit_bytes) {
+  int64_t bytes = kHugePageBytes;
+  while (bytes > kChunkBytesMin && bytes * 32 > limit_bytes) bytes /= 2;
+  return bytes;
+}
+
+}  // namespace
+
+Arena::Arena(int64_t limit_bytes) : limit_bytes_(limit_bytes), chunk_bytes_(choose_chunk_bytes(limit_bytes)) {}
+
+Arena::~Arena() {
+  for (auto& [base, chunk] : chunks_) munmap(base, static_cast<size_t>(chunk.bytes));
+  unmap_empty_chunks();
+}
+
+uint8_t* Arena::allocate(int64_t page_bytes) {
+  std::vector<uint8_t*>& open = open_chunks_[page_bytes];
+  if (open.empty()) {
+    const bool shares_chunk = page_bytes * 2 <= chunk_bytes_;
+    uint8_t* base = nullptr;
+    int64_t bytes = chunk_bytes_;
+    if (shares_chunk && !empty_chunks_.empty()) {
+      base = empty_chunks_.back();
+      empty_chunks_.pop_back();
+    } else {
+      if (!shares_chunk) bytes = page_bytes;
+      if (mapped_bytes_ + bytes > limit_bytes_) unmap_empty_chunks();
+      if (mapped_bytes_ + bytes > limit_bytes_) return nullptr;
+      base = map_chunk(bytes);
+    }
+    Chunk& chunk = chunks_[base];
+    chunk.bytes = bytes;
+    chunk.slot_bytes = page_bytes;
+    chunk.slot_count = bytes / page_bytes;
+    chunk.free_slots.clear();
+    for (int64_t slot = chunk.slot_count; slot-- > 0;) chunk.free_slots.push_back(static_cast<uint32_t>(slot));
+    open.push_back(base);
+  }
+  uint8_t* base = open.back();
+  Chunk& chunk = chunks_[base];
+  const uint32_t slot = chunk.free_slots.back();
+  chunk.free_slots.pop_back();
+  if (chunk.free_slots.empty()) open.pop_back();
+  used_bytes_ += page_bytes;
+  return base + slot * page_bytes;
+}
+
+void Arena::release(uint8_t* page) {
+  auto found = std::prev(chunks_.upper_bound(page));
+  uint8_t* base = found->first;
+  Chunk& chunk = found->second;
+  used_bytes_ -= chunk.slot_bytes;
+  std::vector<uint8_t*>& open = open_chunks_[chunk.slot_bytes];
+  if (chunk.free_slots.empty()) open.push_back(base);
+  chunk.free_slots.push_back(static_cast<uint32_t>((page - base) / chunk.slot_bytes));
+  if (static_cast<int64_t>(chunk.free_slots.size()) < chunk.slot_count) return;
+  open.erase(std::find(open.begin(), open.end(), base));
+  if (chunk.bytes == chunk_bytes_) {
+    empty_chunks_.push_back(base);
+  } else {
+    munmap(base, static_cast<size_t>(chunk.bytes));
+    mapped_bytes_ -= chunk.bytes;
+  }
+  chunks_.erase(found);
+}
+
+uint8_t* Arena::map_chunk(int64_t bytes) {
+  // Over-map and cut, so that a chunk starts on a huge page.
+  const int64_t alignment = bytes % kHugePageBytes == 0 ? kHugePageBytes : kBlockBytes;
+  const size_t span = static_cast<size_t>(bytes + alignment);
+  void* mapped = mmap(nullptr, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) {
+    throw Error(ErrorKind::kBudget, "mmap of " + std::to_string(bytes) +
+                                        " bytes for KV pages failed; lower memory_budget or raise the process limit");
+  }
+  const auto start = reinterpret_cast<uintptr_t>(mapped);
+  const auto aligned = static_cast<uintptr_t>(round_up(static_cast<int64_t>(start), alignment));
+  if (aligned > start) munmap(mapped, aligned - start);
+  const uintptr_t end = aligned + static_cast<uintptr_t>(bytes);
+  if (start + span > end) munmap(reinterpret_cast<void*>(end), start + span - end);
+  if (alignment == kHugePageBytes) madvise(reinterpret_cast<void*>(aligned), static_cast<size_t>(bytes), MADV_HUGEPAGE);
+  mapped_bytes_ += bytes;
+  return reinterpret_cast<uint8_t*>(aligned);
+}
+
+void Arena::unmap_empty_chunks() {
+  for (uint8_t* base : empty_chunks_) {
+    munmap(base, static_cast<size_t>(chunk_bytes_));
+    mapped_bytes_ -= chunk_bytes_;
+  }
+  empty_chunks_.clear();
+}
+
+}  // namespace csd

@@ -1,0 +1,48 @@
+// Memory for pages, bounded: what this holds of the process never exceeds limit_bytes. Not thread-safe.
+//
+// Pages are carved from 2 MiB chunks (one huge page each, so that streaming attention does not run on TLB misses);
+// an emptied chunk serves any page size.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+namespace csd {
+
+class Arena {
+ public:
+  explicit Arena(int64_t limit_bytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // kBlockBytes-aligned, uninitialised; null when the limit leaves no room.
+  uint8_t* allocate(int64_t page_bytes);
+  void release(uint8_t* page);
+
+  int64_t limit_bytes() const { return limit_bytes_; }
+  int64_t mapped_bytes() const { return mapped_bytes_; }
+  int64_t used_bytes() const { return used_bytes_; }
+
+ private:
+  struct Chunk {
+    int64_t bytes = 0;
+    int64_t slot_bytes = 0;
+    int64_t slot_count = 0;
+    std::vector<uint32_t> free_slots;
+  };
+
+  uint8_t* map_chunk(int64_t bytes);
+  void unmap_empty_chunks();
+
+  const int64_t limit_bytes_;
+  const int64_t chunk_bytes_;
+  int64_t mapped_bytes_ = 0;
+  int64_t used_bytes_ = 0;
+  std::map<uint8_t*, Chunk> chunks_;                       // by base address; those with at least one page in use
+  std::map<int64_t, std::vector<uint8_t*>> open_chunks_;   // by slot size: bases of chunks with a free slot
+  std::vector<uint8_t*> empty_chunks_;                     // mapped, of chunk_bytes_, without a page
+};
+
+}  // namespace csd

@@ -1,0 +1,94 @@
+#include "store/extents.h"
+
+#include <fcntl.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "base/error.h"
+
+namespace csd {
+namespace {
+
+constexpr int64_t kExtentBytesMin = int64_t{1} << 20;   // a dense read of a row is made of reads of 1 MiB or more
+constexpr int64_t kExtentBytesMax = int64_t{8} << 20;   // freed only as a whole: keep what one live page can hold small
+constexpr int64_t kGrowthBytesMax = int64_t{64} << 20;  // fallocate in large steps keeps the file contiguous
+
+}  // namespace
+
+int64_t FileSpace::allocate(int64_t bytes) {
+  for (auto it = free_.begin(); it != free_.end(); ++it) {
+    if (it->second < bytes) continue;
+    const int64_t offset = it->first;
+    const int64_t rest = it->second - bytes;
+    free_.erase(it);
+    if (rest > 0) free_[offset + bytes] = rest;
+    free_bytes_ -= bytes;
+    return offset;
+  }
+  if (end_ + bytes > reserved_) reserve(end_ + bytes);
+  const int64_t offset = end_;
+  end_ += bytes;
+  return offset;
+}
+
+void FileSpace::release(int64_t offset, int64_t bytes) {
+  free_bytes_ += bytes;
+  auto next = free_.lower_bound(offset);
+  if (next != free_.end() && offset + bytes == next->first) {
+    bytes += next->second;
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    auto previous = std::prev(next);
+    if (previous->first + previous->second == offset) {
+      offset = previous->first;
+      bytes += previous->second;
+      free_.erase(previous);
+    }
+  }
+  if (offset + bytes == end_) {  // at the end of the file: hand back to the growing edge
+    free_bytes_ -= bytes;
+    end_ = offset;
+    return;
+  }
+  free_[offset] = bytes;
+}
+
+void FileSpace::reserve(int64_t end) {
+  // Grow by a quarter, so that a large file grows in few steps and a small one does not take much more than it needs.
+  const int64_t growth = std::min(kGrowthBytesMax, round_up(reserved_ / 4, kExtentBytesMin));
+  int error = 0;
+  for (const int64_t target : {std::max(end, reserved_ + growth), end}) {
+    do {
+      error = fallocate(fd_, 0, reserved_, target - reserved_) == 0 ? 0 : errno;
+    } while (error == EINTR);
+    if (error == EOPNOTSUPP || error == ENOSYS) error = ftruncate(fd_, target) == 0 ? 0 : errno;
+    if (error == 0) {
+      reserved_ = target;
+      return;
+    }
+  }
+  struct statvfs stats {};
+  const int64_t available =
+      fstatvfs(fd_, &stats) == 0 ? static_cast<int64_t>(stats.f_bavail) * static_cast<int64_t>(stats.f_frsize) : -1;
+  throw io_error(path_,
+                 "growing the file from " + std::to_string(reserved_) + " to " + std::to_string(end) +
+                     " bytes (free on the device: " + std::to_string(available) +
+                     "); free some space or choose another directory",
+                 error);
+}
+
+std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
+  if (current_ == nullptr || current_->full()) {
+    const int64_t wanted = std::clamp(expected_pages_ * page_bytes_, kExtentBytesMin, kExtentBytesMax);
+    current_.reset();  // before allocating, so that an extent nobody else uses can be reused
+    current_ = std::make_shared<Extent>(space_, page_bytes_, std::max<int64_t>(1, wanted / page_bytes_));
+  }
+  expected_pages_ = std::max<int64_t>(0, expected_pages_ - 1);
+  return {current_->take(), current_};
+}
+
+}  // namespace csd

@@ -1,0 +1,81 @@
+// Space in the drive's one file: extents of adjacent pages, freed and reused. Not thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "base/types.h"
+
+namespace csd {
+
+// The first byte that pages may use; before it lies the header (FORMAT.md).
+constexpr int64_t kDataOffset = int64_t{1} << 20;
+
+class FileSpace {
+ public:
+  FileSpace(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
+
+  // First fit among what was freed, else at the end of the file, which grows by fallocate so that a full drive is
+  // known before a page is lost. Throws kNoSpace.
+  int64_t allocate(int64_t bytes);
+  void release(int64_t offset, int64_t bytes);
+
+  int64_t file_bytes() const { return reserved_; }                     // space the file takes on the drive
+  int64_t free_bytes() const { return free_bytes_ + reserved_ - end_; }  // of it, not in use
+
+ private:
+  void reserve(int64_t end);
+
+  const int fd_;
+  const std::string path_;
+  int64_t end_ = kDataOffset;       // allocated or freed up to here
+  int64_t reserved_ = kDataOffset;  // file size
+  int64_t free_bytes_ = 0;
+  std::map<int64_t, int64_t> free_;  // offset -> bytes, coalesced
+};
+
+// A run of adjacent pages. Pages and the row that fills it share it; the last to let go gives the space back.
+class Extent {
+ public:
+  Extent(std::shared_ptr<FileSpace> space, int64_t page_bytes, int64_t page_count)
+      : space_(std::move(space)),
+        page_bytes_(page_bytes),
+        page_count_(page_count),
+        offset_(space_->allocate(page_bytes * page_count)) {}
+  ~Extent() { space_->release(offset_, page_bytes_ * page_count_); }
+  Extent(const Extent&) = delete;
+  Extent& operator=(const Extent&) = delete;
+
+  bool full() const { return next_ == page_count_; }
+  int64_t take() { return offset_ + page_bytes_ * next_++; }
+
+ private:
+  std::shared_ptr<FileSpace> space_;
+  const int64_t page_bytes_;
+  const int64_t page_count_;
+  const int64_t offset_;
+  int64_t next_ = 0;
+};
+
+// Where a row's pages go as they are written: one extent after another, so that they lie side by side.
+class ExtentStream {
+ public:
+  ExtentStream(std::shared_ptr<FileSpace> space, int64_t page_bytes)
+      : space_(std::move(space)), page_bytes_(page_bytes) {}
+
+  // The coming writes are likely to be this many pages: the next extent is made that long (within limits).
+  void expect(int64_t page_count) { expected_pages_ = page_count; }
+
+  // The next place for a page, and the extent that it keeps alive.
+  std::pair<int64_t, std::shared_ptr<Extent>> take();
+
+ private:
+  std::shared_ptr<FileSpace> space_;
+  const int64_t page_bytes_;
+  int64_t expected_pages_ = 0;
+  std::shared_ptr<Extent> current_;
+};
+
+}  // namespace csd

@@ -1,0 +1,112 @@
+"""Settings: how they are written, what they default to. The environment is read here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[_letter + "IB"] = _UNITS[_letter] = 1024**_power
+    _UNITS[_letter + "B"] = 1000**_power
+
+_KV_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+IO_ENGINES = ("auto", "io_uring", "pread")
+
+
+def parse_bytes(size: int | str) -> int:
+    """Number of bytes meant by ``size``: an int, or text such as ``"128MiB"``, ``"1.5 GiB"``, ``"2GB"``.
+
+    ``KiB``, ``MiB``, ``GiB``, ``TiB`` (or ``K``, ``M``, ``G``, ``T``) are powers of 1024, ``KB`` ... ``TB`` of 1000.
+
+    Raises:
+        ValueError: if it is not a size, or negative.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size < 0:
+            raise ValueError(f"a size in bytes must not be negative, got {size}")
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+    if match is None or match.group(2).upper() not in _UNITS:
+        raise ValueError(f'a size must be a number of bytes or text such as "512MiB" or "2GiB", got {size!r}')
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def parse_kv_dtype(kv_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The torch dtype that K and V are stored in; ``None`` stays ``None``: as they come.
+
+    Raises:
+        ValueError: if it is not float32, bfloat16 or float16.
+    """
+    if kv_dtype is None or kv_dtype in _KV_DTYPES.values():
+        return kv_dtype
+    if isinstance(kv_dtype, str) and kv_dtype.lower() in _KV_DTYPES:
+        return _KV_DTYPES[kv_dtype.lower()]
+    raise ValueError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)} or None (as the model's), got {kv_dtype!r}")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Everything a drive is opened with. Frozen: nothing changes behind an open store."""
+
+    directory: str
+    memory_budget_bytes: int
+    kv_dtype: torch.dtype | None
+    io_engine: str
+    simd: str
+    threads: int
+    queue_depth: int
+    resident: bool
+
+    @staticmethod
+    def make(
+        directory: str | os.PathLike[str] | None,
+        *,
+        memory_budget: int | str,
+        kv_dtype: torch.dtype | str | None,
+        io_engine: str,
+        simd: str | None,
+        threads: int | None,
+        queue_depth: int,
+        resident: bool,
+    ) -> StoreConfig:
+        """Validates what a user passed and fills in defaults.
+
+        ``directory`` falls back to ``$TORCH_CSD_DIRECTORY``, then to the temporary directory; ``simd`` to
+        ``$TORCH_CSD_SIMD``, then to the fastest the processor has; ``io_engine`` ``"auto"`` to
+        ``$TORCH_CSD_IO_ENGINE``; ``threads`` to torch's.
+        """
+        if directory is None:
+            directory = os.environ.get("TORCH_CSD_DIRECTORY") or tempfile.gettempdir()
+        if io_engine == "auto":
+            io_engine = os.environ.get("TORCH_CSD_IO_ENGINE") or "auto"
+        if io_engine not in IO_ENGINES:
+            raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
+        if threads is None:
+            threads = torch.get_num_threads()
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"threads must be from 1 to 1024, got {threads}")
+        if not 2 <= queue_depth <= 1024:
+            raise ValueError(f"queue_depth must be from 2 to 1024, got {queue_depth}")
+        return StoreConfig(
+            directory=os.path.abspath(os.fspath(directory)),
+            memory_budget_bytes=parse_bytes(memory_budget),
+            kv_dtype=parse_kv_dtype(kv_dtype),
+            io_engine=io_engine,
+            simd=simd or os.environ.get("TORCH_CSD_SIMD") or "auto",
+            threads=threads,
+            queue_depth=queue_depth,
+            resident=bool(resident),
+        )

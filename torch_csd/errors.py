@@ -1,0 +1,23 @@
+"""What can go wrong, as types. Texts say what was wanted, what came and what to do."""
+
+from __future__ import annotations
+
+
+class StoreError(RuntimeError):
+    """The drive or its file failed: an I/O error, a directory that cannot be used."""
+
+
+class StoreClosedError(StoreError):
+    """A store, or a layer of it, was used after it was closed or freed, or from a forked child process."""
+
+
+class StoreFullError(StoreError):
+    """The drive has no room for more pages. What was stored before can still be attended to."""
+
+
+class StaleTensorError(StoreError):
+    """A StorageTensor stands for tokens that were reordered, truncated or trimmed since it was made."""
+
+
+class MemoryBudgetError(ValueError):
+    """``memory_budget`` is smaller than what the layer's pages need at the least."""

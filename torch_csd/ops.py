@@ -1,0 +1,306 @@
+"""The native ops: typed wrappers, fake kernels for tracing, errors as types. The only user of ``torch.ops.torch_csd``.
+
+A handle is an int64 CPU tensor ``[drive, layer, epoch]`` (see csrc/ops.cpp). Positions are absolute tokens of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+import torch_csd._C  # noqa: F401  (loading it registers the ops)
+from torch_csd.errors import MemoryBudgetError, StaleTensorError, StoreClosedError, StoreError, StoreFullError
+
+_ops = torch.ops.torch_csd
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+CAUSAL_NONE, CAUSAL_LOWER_RIGHT, CAUSAL_UPPER_LEFT = 0, 1, 2
+
+_ERROR_TAG = re.compile(r"\[csd:(\w+)\] ([^\n]*)")
+_ERRORS: dict[str, type[Exception]] = {
+    "value": ValueError,
+    "store": StoreError,
+    "closed": StoreClosedError,
+    "forked": StoreClosedError,
+    "stale": StaleTensorError,
+    "nospace": StoreFullError,
+    "budget": MemoryBudgetError,
+    "internal": RuntimeError,
+}
+
+
+def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Calls an op; its errors come back as the types of errors.py (the ABI carries nothing but their text)."""
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        match = _ERROR_TAG.search(str(error))
+        if match is None:
+            raise
+        raise _ERRORS[match.group(1)](match.group(2)) from None
+
+
+# ---- stores and layers ------------------------------------------------------------------------------------------
+
+
+def open_drive(
+    directory: str,
+    *,
+    io_engine: str,
+    simd: str,
+    memory_budget_bytes: int,
+    threads: int,
+    queue_depth: int,
+    resident: bool,
+) -> Tensor:
+    return _call(_ops.open, directory, io_engine, simd, memory_budget_bytes, threads, queue_depth, resident)
+
+
+def close_drive(drive: Tensor) -> None:
+    """Idempotent. Waits for I/O in flight; every handle of the drive is dead afterwards."""
+    _call(_ops.close, drive)
+
+
+def create_layer(
+    drive: Tensor, *, num_kv_heads: int, head_dim_k: int, head_dim_v: int, kv_dtype: torch.dtype
+) -> Tensor:
+    return _call(_ops.create_layer, drive, num_kv_heads, head_dim_k, head_dim_v, kv_dtype)
+
+
+def fork_layer(handle: Tensor) -> Tensor:
+    return _call(_ops.fork_layer, handle)
+
+
+def drop_layer(handle: Tensor) -> None:
+    _call(_ops.drop_layer, handle)
+
+
+def layer_info(handle: Tensor) -> tuple[int, int, list[int]]:
+    """``(epoch, begin, lengths)`` of a layer; lengths is empty before the first append."""
+    epoch, begin, *lengths = _call(_ops.layer_info, handle).tolist()
+    return epoch, begin, lengths
+
+
+def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> None:
+    _call(_ops.append, handle, k, v, None if lengths is None else list(lengths))
+
+
+def truncate(handle: Tensor, lengths: Sequence[int]) -> None:
+    _call(_ops.truncate, handle, list(lengths))
+
+
+def trim(handle: Tensor, begin: int) -> None:
+    _call(_ops.trim, handle, begin)
+
+
+def reorder(handle: Tensor, index: Sequence[int]) -> None:
+    _call(_ops.reorder, handle, list(index))
+
+
+# ---- computing --------------------------------------------------------------------------------------------------
+
+
+def attend(
+    handle: Tensor,
+    q: Tensor,
+    *,
+    scale: float,
+    head_dim_v: int,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    causal: int = CAUSAL_NONE,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_begin: int = 0,
+    kv_begin: int = 0,
+    kv_end: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of ``q`` over stored tokens; see :meth:`KVStore.attend`. ``kv_end=-1``: each row's own length."""
+    return _call(
+        _ops.attend,
+        handle,
+        q,
+        mask,
+        sinks,
+        alibi_slopes,
+        scale,
+        causal,
+        window,
+        softcap,
+        row_begin,
+        kv_begin,
+        kv_end,
+        head_dim_v,
+    )
+
+
+def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:
+    """``q @ K^T``: ``[batch, num_heads, q_len, kv_end - kv_begin]`` in q's dtype, unscaled."""
+    return _call(_ops.scores, handle, q, row_begin, kv_begin, kv_end)
+
+
+def weighted_sum(
+    handle: Tensor, p: Tensor, *, row_begin: int, kv_begin: int, kv_end: int, head_dim_v: int
+) -> Tensor:
+    """``p @ V``: ``[batch, num_heads, q_len, head_dim_v]`` in p's dtype."""
+    return _call(_ops.weighted_sum, handle, p, row_begin, kv_begin, kv_end, head_dim_v)
+
+
+def read(
+    handle: Tensor,
+    *,
+    values: bool,
+    dtype: torch.dtype,
+    row_begin: int,
+    row_count: int,
+    kv_begin: int,
+    kv_end: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """Stored K (or, with ``values``, V), dense on the CPU: ``[row_count, num_kv_heads, kv_end - kv_begin, head_dim]``."""
+    return _call(
+        _ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim
+    )
+
+
+# ---- reporting --------------------------------------------------------------------------------------------------
+
+
+def stats(drive: Tensor) -> dict[str, int | float | str | bool]:
+    return json.loads(_call(_ops.stats, drive))
+
+
+def probe(directory: str, io_engine: str) -> dict[str, int | str | bool | list[str]]:
+    lines = _call(_ops.probe, directory, io_engine).split("\n")
+    file_system, device, free_bytes, engine, direct_io, reason, *verdicts = lines
+    return {
+        "directory": directory,
+        "file_system": file_system,
+        "device": device,
+        "free_bytes": int(free_bytes),
+        "io_engine": engine,
+        "direct_io": direct_io == "1",
+        "reason": reason,
+        "verdicts": verdicts,
+    }
+
+
+def supported_simd() -> list[str]:
+    """Instruction sets this processor runs, slowest first."""
+    return _call(_ops.supported_simd).split(",")
+
+
+# ---- tracing: shapes without data ---------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("torch_csd::open")
+def _(directory, io_engine, simd, memory_budget, threads, queue_depth, resident):
+    return torch.empty(3, dtype=torch.int64)
+
+
+@torch.library.register_fake("torch_csd::create_layer")
+def _(drive, num_kv_heads, head_dim_k, head_dim_v, kv_dtype):
+    return drive.new_empty(3)
+
+
+@torch.library.register_fake("torch_csd::fork_layer")
+def _(handle):
+    return handle.new_empty(3)
+
+
+@torch.library.register_fake("torch_csd::layer_info")
+def _(handle):
+    return handle.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+for _name in ("close", "drop_layer", "append", "truncate", "trim", "reorder"):
+
+    @torch.library.register_fake(f"torch_csd::{_name}")
+    def _(*args, **kwargs):
+        return None
+
+
+@torch.library.register_fake("torch_csd::attend")
+def _(
+    handle,
+    q,
+    mask,
+    sinks,
+    alibi_slopes,
+    scale,
+    causal,
+    window,
+    softcap,
+    row_begin,
+    kv_begin,
+    kv_end,
+    head_dim_v,
+):
+    return q.new_empty((*q.shape[:-1], head_dim_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("torch_csd::scores")
+def _(handle, q, row_begin, kv_begin, kv_end):
+    return q.new_empty((*q.shape[:-1], kv_end - kv_begin))
+
+
+@torch.library.register_fake("torch_csd::weighted_sum")
+def _(handle, p, row_begin, kv_begin, kv_end, head_dim_v):
+    return p.new_empty((*p.shape[:-1], head_dim_v))
+
+
+@torch.library.register_fake("torch_csd::read")
+def _(handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim):
+    return torch.empty((row_count, num_kv_heads, kv_end - kv_begin, head_dim), dtype=dtype)
+
+
+# ---- tensors on other devices: the query goes to the drive, the output comes back ----------------------------------
+
+
+def _on_cpu(value: object) -> object:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+@torch.library.impl("torch_csd::append", "CUDA")
+def _(handle, k, v, lengths=None):
+    _ops.append(handle, k.cpu(), v.cpu(), lengths)
+
+
+@torch.library.impl("torch_csd::attend", "CUDA")
+def _(handle, q, *args):
+    out, lse = _ops.attend(handle, q.cpu(), *map(_on_cpu, args))
+    return out.to(q.device), lse.to(q.device)
+
+
+@torch.library.impl("torch_csd::scores", "CUDA")
+def _(handle, q, *args):
+    return _ops.scores(handle, q.cpu(), *args).to(q.device)
+
+
+@torch.library.impl("torch_csd::weighted_sum", "CUDA")
+def _(handle, p, *args):
+    return _ops.weighted_sum(handle, p.cpu(), *args).to(p.device)
+
+
+# ---- gradients: the forward works wherever torch records it, the backward says why it cannot -----------------------
+
+
+def _no_backward(ctx, *gradients):
+    raise NotImplementedError(
+        "attention over stored K and V is not differentiable: the cache on the drive holds no graph; "
+        "run inference under torch.no_grad(), or train with tensors in memory"
+    )
+
+
+for _name in ("attend", "scores", "weighted_sum"):
+    torch.library.register_autograd(f"torch_csd::{_name}", _no_backward)

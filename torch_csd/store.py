@@ -1,0 +1,447 @@
+"""KVStore: keys and values that live on a drive, layer by layer, row by row. Knows no model."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_csd import ops
+from torch_csd.config import IO_ENGINES, StoreConfig
+from torch_csd.errors import StoreClosedError
+
+CAUSAL = {
+    False: ops.CAUSAL_NONE,
+    True: ops.CAUSAL_LOWER_RIGHT,
+    "lower_right": ops.CAUSAL_LOWER_RIGHT,
+    "upper_left": ops.CAUSAL_UPPER_LEFT,
+}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One layer as the store knows it: its native handle, and what it was created with."""
+
+    handle: Tensor  # [3], int64
+    num_kv_heads: int
+    head_dim_k: int
+    head_dim_v: int
+    kv_dtype: torch.dtype  # on the drive
+    dtype: torch.dtype  # of what is appended
+    device: torch.device  # of what is appended
+
+
+class _Drive:
+    """The native drive that a store and its forks share; closed when the last of them is."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self.config = config
+        self.handle = ops.open_drive(
+            config.directory,
+            io_engine=config.io_engine,
+            simd=config.simd,
+            memory_budget_bytes=config.memory_budget_bytes,
+            threads=config.threads,
+            queue_depth=config.queue_depth,
+            resident=config.resident,
+        )
+        self._lock = threading.Lock()
+        self._users = 0
+        self._finalizer = weakref.finalize(self, _close_quietly, self.handle, os.getpid())
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._finalizer()
+
+
+def _close_quietly(handle: Tensor, process: int) -> None:
+    # A forked child must not tear down what belongs to its parent.
+    if os.getpid() == process:
+        ops.close_drive(handle)
+
+
+class KVStore:
+    """Keys and values on a drive, and exact attention computed where they are.
+
+    A store holds layers, numbered by the caller and created by the first :meth:`append`; a layer holds ``batch`` rows
+    (sequences), which may differ in length. Token positions are absolute: trimming old tokens does not renumber.
+    The file is *scratch*: nothing is left in ``directory`` however the process ends.
+
+    Args:
+        directory: where the file lives; ``None``: ``$TORCH_CSD_DIRECTORY``, else the temporary directory.
+        memory_budget: bounds the memory for pages, reads in flight and partial results, whatever the context length.
+            An int (bytes) or text such as ``"512MiB"``. What fits stays in memory and is never read.
+        kv_dtype: dtype on the drive (float32, bfloat16, float16 or their names); ``None``: as appended.
+        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
+        threads: workers for reading and arithmetic; ``None``: ``torch.get_num_threads()``.
+        queue_depth: reads in flight, all workers together.
+        simd: ``"serial"``, ``"avx2"``, ``"avx512"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest there is.
+        resident: ``False`` sends every full page to the drive even if there is room in memory (cold benchmarks).
+
+    Raises:
+        StoreError: the directory is missing, is not one, or cannot be written.
+        StoreFullError: it is full.
+        MemoryBudgetError: the budget is below the minimum.
+        ValueError: any other bad setting.
+
+    Example:
+        >>> store = KVStore("/nvme/kv", memory_budget="512MiB")
+        >>> store.append(0, k, v)                       # [batch, num_kv_heads, tokens, head_dim]
+        >>> out, lse = store.attend(0, q, causal=True)  # [batch, num_heads, q_len, head_dim]
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        memory_budget: int | str = "1GiB",
+        kv_dtype: torch.dtype | str | None = None,
+        io_engine: str = "auto",
+        threads: int | None = None,
+        queue_depth: int = 32,
+        simd: str | None = None,
+        resident: bool = True,
+    ) -> None:
+        config = StoreConfig.make(
+            directory,
+            memory_budget=memory_budget,
+            kv_dtype=kv_dtype,
+            io_engine=io_engine,
+            simd=simd,
+            threads=threads,
+            queue_depth=queue_depth,
+            resident=resident,
+        )
+        self._attach(_Drive(config))
+
+    def _attach(self, drive: _Drive) -> None:
+        self._drive = drive
+        self._layers: dict[int, StoredLayer] = {}
+        drive.acquire()
+        self._finalizer = weakref.finalize(self, _release, drive, self._layers, os.getpid())
+
+    # ---- what is stored ----------------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> str:
+        return self._drive.config.directory
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        return self._drive.config.kv_dtype
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def layers(self) -> list[int]:
+        """Numbers of the layers that hold rows."""
+        return sorted(self._layers)
+
+    def layer(self, layer: int) -> StoredLayer:
+        """Handle and geometry of a layer.
+
+        Raises:
+            KeyError: nothing was appended to it.
+            StoreClosedError: the store is closed.
+        """
+        self._check_open()
+        if layer not in self._layers:
+            raise KeyError(f"layer {layer} holds nothing; append to it first (layers with rows: {self.layers()})")
+        return self._layers[layer]
+
+    def lengths(self, layer: int) -> list[int]:
+        """Absolute length in tokens of each row; empty before the first append."""
+        self._check_open()
+        return ops.layer_info(self._layers[layer].handle)[2] if layer in self._layers else []
+
+    def begin(self, layer: int) -> int:
+        """First position that can still be read (see :meth:`trim`)."""
+        self._check_open()
+        return ops.layer_info(self._layers[layer].handle)[1] if layer in self._layers else 0
+
+    # ---- changing it -------------------------------------------------------------------------------------------
+
+    def append(self, layer: int, k: Tensor, v: Tensor, *, lengths: Sequence[int] | Tensor | None = None) -> None:
+        """Adds tokens to every row of a layer. All or nothing: after an error the store is as before.
+
+        Args:
+            layer: any int; the first append to it fixes its geometry, dtype, device and batch.
+            k: ``[batch, num_kv_heads, tokens, head_dim_k]``, v: ``[batch, num_kv_heads, tokens, head_dim_v]``, of one
+                dtype (float32, bfloat16, float16). head_dims are multiples of 8 from 8 to 576 and may differ.
+            lengths: ``[batch]``; only the first ``lengths[b]`` of row b's tokens count. ``None``: all.
+
+        Raises:
+            ValueError: shape, dtype, device or batch differ from the layer's.
+            StoreFullError: the drive is full. StoreError: a write failed. MemoryBudgetError: the budget is too small.
+        """
+        self._check_open()
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor.dim() != 4:
+                raise ValueError(
+                    f"{name} must be [batch, num_kv_heads, tokens, head_dim], got shape {list(tensor.shape)}"
+                )
+        if k.dtype != v.dtype or k.device != v.device:
+            raise ValueError(
+                f"k and v must agree in dtype and device, got {k.dtype} on {k.device} and {v.dtype} on {v.device}"
+            )
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
+        stored = self._layers.get(layer)
+        is_new = stored is None
+        if stored is None:
+            stored = self._create_layer(k, v)
+        elif k.dtype != stored.dtype or k.device != stored.device:
+            raise ValueError(
+                f"layer {layer} takes {stored.dtype} on {stored.device}, got {k.dtype} on {k.device}; "
+                f"convert with .to(), or free the layer first"
+            )
+        try:
+            ops.append(stored.handle, k.detach(), v.detach(), lengths)
+        except BaseException:
+            if is_new:
+                ops.drop_layer(stored.handle)
+            raise
+        self._layers[layer] = stored
+
+    def _create_layer(self, k: Tensor, v: Tensor) -> StoredLayer:
+        kv_dtype = self.kv_dtype or k.dtype
+        handle = ops.create_layer(
+            self._drive.handle,
+            num_kv_heads=k.shape[1],
+            head_dim_k=k.shape[3],
+            head_dim_v=v.shape[3],
+            kv_dtype=kv_dtype,
+        )
+        return StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
+
+    def truncate(self, layer: int, length: int | Sequence[int]) -> None:
+        """Forgets the tokens at positions ``length`` and after: one length for all rows, or one per row."""
+        ops.truncate(self.layer(layer).handle, [length] if isinstance(length, int) else length)
+
+    def trim(self, layer: int, begin: int) -> None:
+        """Forgets the tokens before position ``begin`` of every row (sliding windows); the others keep their places."""
+        ops.trim(self.layer(layer).handle, begin)
+
+    def reorder(self, layer: int, index: Sequence[int] | Tensor) -> None:
+        """New row i is what row ``index[i]`` was. Selects, repeats and permutes; rows that come twice share pages."""
+        ops.reorder(self.layer(layer).handle, index.tolist() if isinstance(index, Tensor) else index)
+
+    def fork(self) -> KVStore:
+        """A store with the same contents on the same drive. Full pages are shared; the two go on independently."""
+        self._check_open()
+        other = KVStore.__new__(KVStore)
+        other._attach(self._drive)
+        for number, stored in self._layers.items():
+            handle = ops.fork_layer(stored.handle)
+            other._layers[number] = StoredLayer(handle, *list(vars(stored).values())[1:])
+        return other
+
+    def free(self, layer: int | None = None) -> None:
+        """Forgets a layer's rows, or all layers'. The number may be used again, for any batch and geometry."""
+        self._check_open()
+        for number in [layer] if layer is not None else self.layers():
+            if number in self._layers:
+                ops.drop_layer(self._layers.pop(number).handle)
+
+    def close(self) -> None:
+        """Gives everything back. Idempotent; any other use afterwards raises :class:`StoreClosedError`."""
+        self._finalizer()
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVStore:
+        return self.fork()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a KVStore cannot be pickled: its tokens are on a drive of this process; use read()")
+
+    # ---- computing from it -------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        scale: float | None = None,
+        causal: bool | str = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        row_begin: int = 0,
+        kv_begin: int | None = None,
+        kv_end: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Exact attention of ``q`` over the rows ``row_begin ... row_begin + batch`` of a layer.
+
+        Formulas: :func:`torch_csd.reference.attention`.
+
+        Args:
+            q: ``[batch, num_heads, q_len, head_dim_k]``; num_heads is a multiple of the layer's num_kv_heads.
+            scale: multiplies the scores; ``head_dim_k ** -0.5`` if None.
+            causal: ``"lower_right"`` (True): query i stands at position ``kv_end - q_len + i``; ``"upper_left"``: at
+                ``kv_begin + i`` (torch's ``is_causal``); False: every query sees every token.
+            window: sees keys at positions > position - window.
+            softcap: ``softcap * tanh(score / softcap)``, before masks.
+            mask: bool (True: attend) or additive float, broadcastable to ``[batch, num_heads, q_len, kv_len]``.
+            sinks: ``[num_heads]`` logits that take part in the softmax and attend to nothing.
+            alibi_slopes: ``[num_heads]``; adds ``slope * (key position - query position)``.
+            kv_begin, kv_end: the tokens to attend to; default: from the first readable one to each row's own length.
+
+        Returns:
+            ``out [batch, num_heads, q_len, head_dim_v]`` in q's dtype and on its device, and
+            ``lse [batch, num_heads, q_len]``, float32, natural log. A query that sees nothing: 0 and -inf.
+
+        Raises:
+            ValueError: shapes or settings that do not fit. StoreError: a read failed.
+        """
+        stored = self.layer(layer)
+        return attend_layer(
+            stored.handle,
+            q,
+            head_dim_v=stored.head_dim_v,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            mask=mask,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            row_begin=row_begin,
+            kv_begin=self.begin(layer) if kv_begin is None else kv_begin,
+            kv_end=-1 if kv_end is None else kv_end,
+        )
+
+    def read(self, layer: int, *, kv_begin: int | None = None, kv_end: int | None = None) -> tuple[Tensor, Tensor]:
+        """K and V of all rows, dense: ``[batch, num_kv_heads, kv_end - kv_begin, head_dim]``, in the dtype appended.
+
+        This brings tokens into memory. Without ``kv_end`` the rows must be of one length.
+        """
+        stored = self.layer(layer)
+        _, begin, lengths = ops.layer_info(stored.handle)
+        if kv_end is None:
+            if len(set(lengths)) > 1:
+                raise ValueError(f"rows have different lengths {lengths}; pass kv_end, at most {min(lengths)}")
+            kv_end = lengths[0]
+        kv_begin = begin if kv_begin is None else kv_begin
+        if not 0 <= kv_begin <= kv_end:
+            raise ValueError(f"wanted 0 <= kv_begin <= kv_end, got {kv_begin} and {kv_end}")
+        k, v = (
+            ops.read(
+                stored.handle,
+                values=values,
+                dtype=stored.dtype,
+                row_begin=0,
+                row_count=len(lengths),
+                kv_begin=kv_begin,
+                kv_end=kv_end,
+                num_kv_heads=stored.num_kv_heads,
+                head_dim=stored.head_dim_v if values else stored.head_dim_k,
+            ).to(stored.device)
+            for values in (False, True)
+        )
+        return k, v
+
+    # ---- reporting ---------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        """What the drive did: which engine and why, bytes by path, time waiting for I/O against computing.
+
+        ``*_bytes`` and ``*_s`` count from the opening of the drive and include all forks. ``io_wait_s`` and
+        ``compute_s`` are summed over workers.
+        """
+        self._check_open()
+        return ops.stats(self._drive.handle)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise StoreClosedError("this store is closed; open a new one")
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"layers={len(self._layers)}"
+        return f"KVStore(directory={self.directory!r}, {state})"
+
+
+def _release(drive: _Drive, layers: dict[int, StoredLayer], process: int) -> None:
+    if os.getpid() != process:
+        return
+    try:
+        for stored in layers.values():
+            ops.drop_layer(stored.handle)
+    finally:
+        layers.clear()
+        drive.release()
+
+
+def attend_layer(
+    handle: Tensor,
+    q: Tensor,
+    *,
+    head_dim_v: int,
+    scale: float | None,
+    causal: bool | str,
+    window: int | None,
+    softcap: float | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    row_begin: int,
+    kv_begin: int,
+    kv_end: int,
+) -> tuple[Tensor, Tensor]:
+    """:meth:`KVStore.attend` on a bare handle, which is all that a StorageTensor has."""
+    if q.dim() != 4:
+        raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
+    if causal not in CAUSAL:
+        raise ValueError(f'causal must be False, True, "lower_right" or "upper_left", got {causal!r}')
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, or None, got {window}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None, got {softcap}")
+    if mask is not None:
+        if mask.dim() > 4:
+            raise ValueError(f"mask must have at most 4 dimensions, got shape {list(mask.shape)}")
+        mask = mask[(None,) * (4 - mask.dim())]
+    return ops.attend(
+        handle,
+        q,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        head_dim_v=head_dim_v,
+        mask=mask,
+        sinks=None if sinks is None else sinks.detach().float().flatten(),
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().float().flatten(),
+        causal=CAUSAL[causal],
+        window=window or 0,
+        softcap=softcap or 0.0,
+        row_begin=row_begin,
+        kv_begin=kv_begin,
+        kv_end=kv_end,
+    )
+
+
+def probe(directory: str | os.PathLike[str], io_engine: str = "auto") -> dict[str, int | str | bool | list[str]]:
+    """How a directory's device can be reached: a real write and read-back by each engine, with and without O_DIRECT.
+
+    Returns ``directory``, ``file_system``, ``device``, ``free_bytes``, the choice that a store would make
+    (``io_engine``, ``direct_io``, ``reason``) and ``verdicts``, one line for each combination tried.
+    """
+    if io_engine not in IO_ENGINES:
+        raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
+    return ops.probe(os.path.abspath(os.fspath(directory)), io_engine)
