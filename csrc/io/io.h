@@ -83,7 +83,6 @@ struct ProbeResult {
   std::string directory;
   std::string file_system;  // e.g. "ext4", "tmpfs", from statfs; hex when unknown
   std::string device;       // major:minor and, where sysfs tells, its name and model
-  int64_t free_bytes = 0;
   OpenedFile chosen;                  // closed: fd = -1
   std::vector<std::string> verdicts;  // one line per engine x mode tried
 };

@@ -1,0 +1,15 @@
+// The two engines' constructors, for engine.cpp. What they promise is in io.h.
+#pragma once
+
+#include <memory>
+
+#include "io/io.h"
+
+namespace csd {
+
+std::unique_ptr<IoEngine> make_pread_engine(int thread_count);
+#ifdef CSD_HAVE_LIBURING
+std::unique_ptr<IoEngine> make_uring_engine();
+#endif
+
+}  // namespace csd

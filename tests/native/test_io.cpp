@@ -1,0 +1,674 @@
+// Both I/O engines, direct and buffered, against the same tests; then the opening of scratch files. Plain
+// program: prints what it did, exits non-zero on the first failure. argv[1]: a directory on a drive; tmpfs is
+// tested in /dev/shm besides.
+//
+// In one line, from the repository's root:
+//
+//   g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -DCSD_HAVE_LIBURING -Icsrc
+//   tests/native/test_io.cpp csrc/io/*.cpp csrc/base/error.cpp -luring -ldl -pthread -o test_io
+//
+// Without liburing: the same without -DCSD_HAVE_LIBURING, -luring and -ldl. liburing is linked dynamically
+// here so that this file's io_uring_submit comes before the library's: faults are injected there and in
+// preadv and pwritev below, and the product needs no hook.
+
+#include <dirent.h>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+#ifdef CSD_HAVE_LIBURING
+#include <liburing.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/error.h"
+#include "base/types.h"
+#include "io/io.h"
+#include "io/transfer.h"
+
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                \
+    }                                                                              \
+  } while (0)
+
+using namespace csd;
+
+// ---- faults
+// ----------------------------------------------------------------------------------------------------
+
+enum class Fault { kNone, kMixed, kAlwaysEagain };
+static std::atomic<Fault> fault{Fault::kNone};
+static std::atomic<uint64_t> fault_calls{0};
+static std::atomic<uint64_t> faults_injected{0};
+
+// What the next call suffers: 0 nothing, -1 a short transfer, else an errno value.
+static int next_fault() {
+  const uint64_t call = fault_calls++;
+  switch (fault.load()) {
+    case Fault::kNone:
+      return 0;
+    case Fault::kAlwaysEagain:
+      faults_injected++;
+      return EAGAIN;
+    case Fault::kMixed:
+      break;
+  }
+  const int cycle[] = {-1, 0, EINTR, -1, EAGAIN, 0, -1};
+  const int chosen = cycle[call % (sizeof(cycle) / sizeof(cycle[0]))];
+  if (chosen != 0) faults_injected++;
+  return chosen;
+}
+
+// Ends off every block boundary, as a transfer cut by a signal or a device's 512-byte sectors may.
+static int64_t shortened(int64_t bytes) {
+  return bytes >= 2 * kBlockBytes ? bytes / 2 / kBlockBytes * kBlockBytes + 512 : bytes;
+}
+
+// A direct transfer cannot really end off a block of this drive, so the whole is moved and less of it
+// reported.
+static ssize_t faulty_call(long number, int fd, const iovec* segments, int count, off_t offset) {
+  const int injected = next_fault();
+  if (injected > 0) {
+    errno = injected;
+    return -1;
+  }
+  const ssize_t result = syscall(number, fd, segments, static_cast<long>(count), offset, 0L);
+  return injected < 0 && result > 0 ? static_cast<ssize_t>(shortened(result)) : result;
+}
+
+extern "C" ssize_t preadv(int fd, const iovec* segments, int count, off_t offset) {
+  return faulty_call(SYS_preadv, fd, segments, count, offset);
+}
+
+extern "C" ssize_t pwritev(int fd, const iovec* segments, int count, off_t offset) {
+  return faulty_call(SYS_pwritev, fd, segments, count, offset);
+}
+
+static std::atomic<bool> refuse_rings{false};
+
+#ifdef CSD_HAVE_LIBURING
+// A read from this says EAGAIN.
+static int empty_socket() {
+  static const int socket = [] {
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    return pair[0];
+  }();
+  return socket;
+}
+
+// The kernel answers a shorter READ_FIXED or WRITE_FIXED as it would a short transfer: in whole blocks here,
+// as the drive wants them. EAGAIN comes from a request of another kind in the place of the real one.
+extern "C" int io_uring_submit(io_uring* ring) {
+  static const auto real = reinterpret_cast<int (*)(io_uring*)>(dlsym(RTLD_NEXT, "io_uring_submit"));
+  static char received;
+  for (unsigned i = ring->sq.sqe_head; i != ring->sq.sqe_tail; i++) {
+    io_uring_sqe* sqe = &ring->sq.sqes[i & *ring->sq.kring_mask];
+    const int injected = next_fault();
+    const bool fixed = sqe->opcode == IORING_OP_READ_FIXED || sqe->opcode == IORING_OP_WRITE_FIXED;
+    if (injected > 0) {
+      const uint64_t user_data = sqe->user_data;
+      io_uring_prep_recv(sqe, empty_socket(), &received, 1, MSG_DONTWAIT);
+      sqe->user_data = user_data;
+    } else if (injected < 0 && fixed && sqe->len >= 2 * kBlockBytes) {
+      sqe->len = static_cast<unsigned>(sqe->len / 2 / kBlockBytes * kBlockBytes);
+    }
+  }
+  return real(ring);
+}
+
+extern "C" int io_uring_queue_init(unsigned entries, io_uring* ring, unsigned flags) {
+  static const auto real =
+      reinterpret_cast<int (*)(unsigned, io_uring*, unsigned)>(dlsym(RTLD_NEXT, "io_uring_queue_init"));
+  return refuse_rings ? -EPERM : real(entries, ring, flags);
+}
+#endif
+
+// ---- helpers
+// ---------------------------------------------------------------------------------------------------
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes)
+      : data_(static_cast<char*>(std::aligned_alloc(kBlockBytes, round_up(bytes, kBlockBytes)))),
+        bytes_(bytes) {
+    CHECK(data_ != nullptr);
+    std::memset(data_, 0, bytes);
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* data() { return data_; }
+  iovec all() { return {data_, static_cast<size_t>(bytes_)}; }
+
+ private:
+  char* data_;
+  int64_t bytes_;
+};
+
+// The byte that belongs at a file offset: position-dependent in every block.
+static char expected_byte(int64_t offset) {
+  return static_cast<char>((offset * 131 + offset / 4096 * 7) >> 2);
+}
+
+static void fill_expected(char* data, int64_t offset, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i++) data[i] = expected_byte(offset + i);
+}
+
+static bool is_expected(const char* data, int64_t offset, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i++) {
+    if (data[i] != expected_byte(offset + i)) return false;
+  }
+  return true;
+}
+
+static int open_file(const std::string& directory, bool direct) {
+  const int fd = open(directory.c_str(), O_TMPFILE | O_RDWR | (direct ? O_DIRECT : 0), 0600);
+  CHECK(fd >= 0);
+  return fd;
+}
+
+static IoRequest make_request(IoOp op, int64_t offset, const std::vector<iovec>& segments, uint64_t tag) {
+  IoRequest request;
+  request.op = op;
+  request.file_offset = offset;
+  request.segments = segments.data();
+  request.segment_count = static_cast<int>(segments.size());
+  request.tag = tag;
+  return request;
+}
+
+// One request through the queue; its error.
+static int carry_out(IoQueue* queue, IoOp op, int64_t offset, const std::vector<iovec>& segments) {
+  std::vector<IoCompletion> done;
+  queue->submit(make_request(op, offset, segments, 77));
+  CHECK(queue->in_flight() == 1);
+  queue->reap(true, &done);
+  CHECK(done.size() == 1 && done[0].tag == 77 && queue->in_flight() == 0);
+  return done[0].error;
+}
+
+static bool throws(ErrorKind kind, const std::string& text, const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const Error& error) {
+    if (error.kind() == kind && std::strstr(error.what(), text.c_str()) != nullptr) return true;
+    std::fprintf(stderr, "wanted \"%s\", got: %s\n", text.c_str(), error.what());
+  }
+  return false;
+}
+
+static int entry_count(const std::string& directory) {
+  DIR* dir = opendir(directory.c_str());
+  CHECK(dir != nullptr);
+  int count = 0;
+  while (readdir(dir) != nullptr) count++;
+  closedir(dir);
+  return count;
+}
+
+// ---- one request's bookkeeping
+// ---------------------------------------------------------------------------------
+
+static void test_transfer() {
+  using Step = Transfer::Step;
+  char memory[4 * 4096];
+  std::vector<iovec> segments = {{memory, 4096}, {memory + 4096, 8192}};
+  const IoRequest request = make_request(IoOp::kRead, 8192, segments, 5);
+  Transfer transfer;
+
+  // A short direct transfer is resumed at the last block boundary, into the right place of the right segment.
+  transfer.start(request, 4096);
+  CHECK(transfer.advance(4096 + 4096 + 512) == Step::kResume);
+  CHECK(transfer.file_offset() == 8192 + 8192 && transfer.segment_count() == 1);
+  CHECK(transfer.segments()->iov_base == memory + 8192 && transfer.segments()->iov_len == 4096);
+  CHECK(transfer.advance(4096) == Step::kFinished && transfer.error() == 0);
+  CHECK(segments[0].iov_len == 4096 &&
+        segments[1].iov_base == memory + 4096);  // the caller's stay as they were
+
+  // One that ends inside the first block moves nothing forward, and is not yet the end.
+  transfer.start(request, 4096);
+  CHECK(transfer.advance(512) == Step::kResume && transfer.file_offset() == 8192);
+  CHECK(transfer.advance(1024) == Step::kResume && transfer.file_offset() == 8192);
+  CHECK(transfer.advance(12288) == Step::kFinished && transfer.error() == 0);
+
+  // The same bytes twice, or none: end of file.
+  transfer.start(request, 4096);
+  CHECK(transfer.advance(4096 + 900) == Step::kResume);
+  CHECK(transfer.advance(900) == Step::kFinished && transfer.error() == EIO);
+  transfer.start(request, 4096);
+  CHECK(transfer.advance(0) == Step::kFinished && transfer.error() == EIO);
+
+  // Buffered: resumed at the byte.
+  transfer.start(request, 1);
+  CHECK(transfer.advance(4097) == Step::kResume);
+  CHECK(transfer.file_offset() == 8192 + 4097 && transfer.segments()->iov_base == memory + 4097);
+
+  // Passing errors are retried, with naps after the first few, but not for ever; others are final.
+  transfer.start(request, 4096);
+  CHECK(transfer.advance(-EINTR) == Step::kRetry && !transfer.wants_nap());
+  int retries = 0;
+  while (transfer.advance(-EAGAIN) == Step::kRetry) retries++;
+  CHECK(retries > 100 && retries < 10000 && transfer.wants_nap() && transfer.error() == EAGAIN);
+  transfer.start(request, 4096);
+  CHECK(transfer.error() == 0 && transfer.advance(-ENOSPC) == Step::kFinished && transfer.error() == ENOSPC);
+
+  // Nothing to move is done at once.
+  transfer.start(make_request(IoOp::kRead, 0, {}, 0), 4096);
+  CHECK(transfer.segment_count() == 0 && transfer.advance(0) == Step::kFinished && transfer.error() == 0);
+}
+
+// ---- one engine in one mode
+// ------------------------------------------------------------------------------------
+
+struct Case {
+  std::string engine;
+  bool direct;
+  std::string directory;
+  bool registered;  // the buffers are named to make_queue
+  int64_t grain() const { return direct ? kBlockBytes : 1; }
+};
+
+static std::vector<iovec> named(const Case& c, std::vector<iovec> buffers) {
+  return c.registered ? buffers : std::vector<iovec>{};
+}
+
+static void test_random_writes_then_reads(const Case& c, int round_count) {
+  constexpr int64_t kFileBytes = 16 << 20;
+  constexpr int64_t kSlotBytes = 512 << 10;
+  constexpr int kDepth = 8;
+  const int fd = open_file(c.directory, c.direct);
+  const auto engine = make_io_engine(c.engine, 4);
+  CHECK(c.engine == engine->name());
+  Buffer arena(kDepth * kSlotBytes);
+  const auto queue = engine->make_queue(fd, kDepth, named(c, {arena.all()}));
+  std::mt19937_64 random(1);
+
+  // The whole file is written once, in pieces of random size and of one to five segments.
+  std::vector<std::vector<iovec>> segments(kDepth);
+  std::vector<int64_t> offsets(kDepth), sizes(kDepth);
+  std::vector<int> free_slots;
+  for (int slot = 0; slot < kDepth; slot++) free_slots.push_back(slot);
+  std::vector<IoCompletion> done;
+  const auto submit = [&](IoOp op, int64_t offset, int64_t bytes) {
+    const int slot = free_slots.back();
+    free_slots.pop_back();
+    char* base = arena.data() + slot * kSlotBytes;
+    if (op == IoOp::kWrite) {
+      fill_expected(base, offset, bytes);
+    } else {
+      std::memset(base, 0x55, bytes);
+    }
+    offsets[slot] = offset;
+    sizes[slot] = bytes;
+    segments[slot].clear();
+    const int64_t wanted_segments = 1 + static_cast<int64_t>(random() % 5);
+    for (int64_t at = 0; at < bytes;) {
+      const int64_t left_segments = wanted_segments - static_cast<int64_t>(segments[slot].size());
+      const int64_t step = left_segments <= 1
+                               ? bytes - at
+                               : std::min(bytes - at, round_up(bytes / wanted_segments + 1, c.grain()));
+      segments[slot].push_back({base + at, static_cast<size_t>(step)});
+      at += step;
+    }
+    queue->submit(make_request(op, offset, segments[slot], slot));
+  };
+  const auto reap = [&](IoOp op, bool wait) {
+    const size_t before = done.size();
+    queue->reap(wait, &done);
+    CHECK(!wait || done.size() > before);  // what is in *completions already does not count
+    for (size_t i = before; i < done.size(); i++) {
+      const int slot = static_cast<int>(done[i].tag);
+      CHECK(done[i].error == 0);
+      if (op == IoOp::kRead) CHECK(is_expected(arena.data() + slot * kSlotBytes, offsets[slot], sizes[slot]));
+      free_slots.push_back(slot);
+    }
+  };
+  const auto random_bytes = [&] {
+    const int64_t bytes = 1 + static_cast<int64_t>(random() % kSlotBytes);
+    return std::min(round_up(bytes, c.grain()), kSlotBytes);
+  };
+  for (int64_t offset = 0; offset < kFileBytes;) {
+    if (free_slots.empty()) reap(IoOp::kWrite, true);
+    const int64_t bytes = std::min(random_bytes(), kFileBytes - offset);
+    submit(IoOp::kWrite, offset, bytes);
+    offset += bytes;
+  }
+  while (queue->in_flight() > 0) reap(IoOp::kWrite, true);
+  for (int round = 0; round < round_count; round++) {
+    if (free_slots.empty()) reap(IoOp::kRead, true);
+    const int64_t bytes = random_bytes();
+    submit(IoOp::kRead, static_cast<int64_t>(random() % (kFileBytes - bytes)) / c.grain() * c.grain(), bytes);
+    reap(IoOp::kRead, false);
+  }
+  while (queue->in_flight() > 0) reap(IoOp::kRead, true);
+  queue->reap(false, &done);
+  CHECK(static_cast<int>(free_slots.size()) == kDepth);
+  close(fd);
+}
+
+static void test_faults_are_resumed(const Case& c) {
+  faults_injected = 0;
+  fault = Fault::kMixed;
+  test_random_writes_then_reads(c, 100);
+  fault = Fault::kNone;
+  CHECK(faults_injected > 20);
+}
+
+static void test_endless_eagain_ends(const Case& c) {
+  const int fd = open_file(c.directory, c.direct);
+  Buffer block(kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 1);
+  const auto queue = engine->make_queue(fd, 1, {});
+  const clock_t cpu_before = clock();
+  fault = Fault::kAlwaysEagain;
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, {block.all()}) == EAGAIN);
+  fault = Fault::kNone;
+  CHECK(static_cast<double>(clock() - cpu_before) / CLOCKS_PER_SEC <
+        0.5);  // it naps: about one second of wall time
+  close(fd);
+}
+
+// More segments than the kernel takes at once.
+static void test_many_segments(const Case& c) {
+  constexpr int64_t kSegments = 2500;
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(kSegments * kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 2);
+  const auto queue = engine->make_queue(fd, 1, named(c, {buffer.all()}));
+  std::vector<iovec> segments;
+  for (int64_t i = 0; i < kSegments; i++) {
+    segments.push_back({buffer.data() + i * kBlockBytes, static_cast<size_t>(kBlockBytes)});
+  }
+  fill_expected(buffer.data(), 0, kSegments * kBlockBytes);
+  CHECK(carry_out(queue.get(), IoOp::kWrite, 0, segments) == 0);
+  std::memset(buffer.data(), 0, kSegments * kBlockBytes);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, segments) == 0);
+  CHECK(is_expected(buffer.data(), 0, kSegments * kBlockBytes));
+  close(fd);
+}
+
+static void test_limits_and_errors(const Case& c) {
+  constexpr int kDepth = 3;
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(4 * kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 2);
+  const auto queue = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  CHECK(queue->depth() == kDepth && queue->in_flight() == 0);
+  std::vector<IoCompletion> done;
+  queue->reap(false, &done);
+  CHECK(done.empty());
+  CHECK(throws(ErrorKind::kInternal, "nothing in flight", [&] { queue->reap(true, &done); }));
+
+  // The file ends in the middle of its second block.
+  CHECK(ftruncate(fd, kBlockBytes + 900) == 0);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, {{buffer.data(), kBlockBytes}}) == 0);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, {{buffer.data(), 2 * kBlockBytes}}) == EIO);
+  CHECK(carry_out(queue.get(), IoOp::kRead, kBlockBytes, {{buffer.data(), kBlockBytes}}) == EIO);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 1 << 20, {{buffer.data(), kBlockBytes}}) == EIO);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, {}) == 0);
+
+  const std::vector<iovec> segment = {{buffer.data(), static_cast<size_t>(kBlockBytes)}};
+  for (int i = 0; i < kDepth; i++) queue->submit(make_request(IoOp::kRead, 0, segment, i));
+  CHECK(queue->in_flight() == kDepth);
+  CHECK(throws(ErrorKind::kInternal, "depth()",
+               [&] { queue->submit(make_request(IoOp::kRead, 0, segment, 9)); }));
+  while (queue->in_flight() > 0) queue->reap(true, &done);
+  CHECK(done.size() == kDepth);
+  uint64_t tag_sum = 0;
+  for (const IoCompletion& completion : done) tag_sum += completion.tag;
+  CHECK(tag_sum == 0 + 1 + 2);
+
+  // The kernel's errors come through.
+  const int write_only = open(c.directory.c_str(), O_TMPFILE | O_WRONLY, 0600);
+  CHECK(write_only >= 0);
+  CHECK(carry_out(engine->make_queue(write_only, 1, {}).get(), IoOp::kRead, 0, segment) == EBADF);
+  close(write_only);
+  close(fd);
+}
+
+// After the destructor nothing is written to the buffers any more.
+static void test_destructor_waits(const Case& c) {
+  constexpr int64_t kBytes = 1 << 20;
+  constexpr int kDepth = 8;
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(kDepth * kBytes);
+  const auto engine = make_io_engine(c.engine, 2);
+  fill_expected(buffer.data(), 0, kDepth * kBytes);
+  CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {buffer.all()}) == 0);
+  for (int round = 0; round < 10; round++) {
+    std::vector<std::vector<iovec>> segments;
+    for (int i = 0; i < kDepth; i++)
+      segments.push_back({{buffer.data() + i * kBytes, static_cast<size_t>(kBytes)}});
+    {
+      const auto queue = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+      for (int i = 0; i < kDepth; i++) queue->submit(make_request(IoOp::kRead, i * kBytes, segments[i], i));
+    }
+    std::memset(buffer.data(), 0x33, kDepth * kBytes);
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    for (int64_t i = 0; i < kDepth * kBytes; i++) CHECK(buffer.data()[i] == 0x33);
+  }
+  close(fd);
+}
+
+// Two queues of one engine, each made here and used in a thread of its own; then one queue that changes
+// threads.
+static void test_threads(const Case& c) {
+  constexpr int64_t kFileBytes = 8 << 20;
+  constexpr int64_t kBytes = 256 << 10;
+  const int fd = open_file(c.directory, c.direct);
+  Buffer whole(kFileBytes);
+  fill_expected(whole.data(), 0, kFileBytes);
+  const auto engine = make_io_engine(c.engine, 3);
+  CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {whole.all()}) == 0);
+  std::memset(whole.data(), 0, kFileBytes);
+
+  std::vector<std::unique_ptr<IoQueue>> queues;
+  for (int i = 0; i < 2; i++) queues.push_back(engine->make_queue(fd, 4, named(c, {whole.all()})));
+  std::atomic<int64_t> next_offset{0};
+  std::vector<std::thread> threads;
+  for (const auto& queue : queues) {
+    threads.emplace_back([&, q = queue.get()] {
+      std::vector<iovec> segments(kFileBytes / kBytes);
+      std::vector<IoCompletion> done;
+      for (;;) {
+        const int64_t offset = next_offset.fetch_add(kBytes);
+        if (offset >= kFileBytes) break;
+        if (q->in_flight() == q->depth()) q->reap(true, &done);
+        iovec& segment = segments[offset / kBytes];
+        segment = {whole.data() + offset, static_cast<size_t>(kBytes)};
+        IoRequest request;
+        request.file_offset = offset;
+        request.segments = &segment;
+        request.segment_count = 1;
+        q->submit(request);
+      }
+      while (q->in_flight() > 0) q->reap(true, &done);
+      for (const IoCompletion& completion : done) CHECK(completion.error == 0);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(is_expected(whole.data(), 0, kFileBytes));
+
+  // Submitted by a thread that has ended when this one reaps.
+  std::memset(whole.data(), 0, kFileBytes);
+  const std::vector<iovec> all = {whole.all()};
+  std::thread([&] { queues[0]->submit(make_request(IoOp::kRead, 0, all, 1)); }).join();
+  std::vector<IoCompletion> done;
+  queues[0]->reap(true, &done);
+  CHECK(done.size() == 1 && done[0].error == 0 && is_expected(whole.data(), 0, kFileBytes));
+  close(fd);
+}
+
+// ---- scratch files
+// ---------------------------------------------------------------------------------------------
+
+static void check_scratch_file(const std::string& directory, const std::string& io_engine,
+                               bool wants_direct) {
+  const int entries_before = entry_count(directory);
+  const OpenedFile file = open_scratch_file(directory, io_engine);
+  std::printf("  %s\n", file.reason.c_str());
+  CHECK(file.fd >= 0 && file.direct_io == wants_direct && file.path == directory + "/(scratch)");
+  CHECK(io_engine == "auto" || io_engine == file.engine);
+  CHECK(((fcntl(file.fd, F_GETFL) & O_DIRECT) != 0) == wants_direct);
+  CHECK((fcntl(file.fd, F_GETFD) & FD_CLOEXEC) != 0);
+  CHECK(file.reason.find(file.engine) == 0 &&
+        file.reason.find("wrote and read back 4096 bytes") != std::string::npos);
+  struct stat info;
+  CHECK(fstat(file.fd, &info) == 0 && info.st_nlink == 0 && (info.st_mode & 0777) == 0600);
+  CHECK(entry_count(directory) == entries_before);
+  close(file.fd);
+}
+
+static void check_probe(const std::string& directory) {
+  const int entries_before = entry_count(directory);
+  const ProbeResult probe = probe_directory(directory, "auto");
+  std::printf("  %s: %s, %s\n", directory.c_str(), probe.file_system.c_str(), probe.device.c_str());
+  for (const std::string& verdict : probe.verdicts) std::printf("    %s\n", verdict.c_str());
+  CHECK(probe.verdicts.size() == 4 && probe.chosen.fd == -1 && !probe.chosen.engine.empty());
+  CHECK(!probe.file_system.empty() && probe.device.find(':') != std::string::npos);
+  CHECK(entry_count(directory) == entries_before);
+}
+
+// What a container's seccomp filter does.
+static void test_refused_rings(const std::string& directory) {
+  refuse_rings = true;
+  CHECK(throws(ErrorKind::kStore, "Operation not permitted", [&] { make_io_engine("io_uring", 1); }));
+  CHECK(throws(ErrorKind::kStore, "io_uring_setup", [&] { open_scratch_file(directory, "io_uring"); }));
+  const OpenedFile file = open_scratch_file(directory, "auto");
+  std::printf("  %s\n", file.reason.c_str());
+  CHECK(file.engine == "pread" && file.reason.find("Operation not permitted") != std::string::npos);
+  close(file.fd);
+  refuse_rings = false;
+}
+
+static void test_bad_directories(const std::string& directory) {
+  CHECK(throws(ErrorKind::kStore, "no such directory",
+               [&] { open_scratch_file(directory + "/missing", "auto"); }));
+  CHECK(throws(ErrorKind::kValue, "io_engine must be", [&] { open_scratch_file(directory, "uring"); }));
+  CHECK(throws(ErrorKind::kValue, "io_engine must be", [&] { make_io_engine("auto", 1); }));
+  const std::string file = directory + "/a-file";
+  const int fd = open(file.c_str(), O_CREAT | O_WRONLY, 0600);
+  CHECK(fd >= 0);
+  close(fd);
+  CHECK(throws(ErrorKind::kStore, "wanted a directory", [&] { open_scratch_file(file, "auto"); }));
+  unlink(file.c_str());
+  if (!io_uring_compiled()) {
+    CHECK(throws(ErrorKind::kStore, "not in this build", [&] { open_scratch_file(directory, "io_uring"); }));
+  }
+  if (geteuid() != 0) {
+    const std::string closed = directory + "/closed";
+    CHECK(mkdir(closed.c_str(), 0500) == 0);
+    CHECK(throws(ErrorKind::kStore, "may write", [&] { open_scratch_file(closed, "auto"); }));
+    rmdir(closed.c_str());
+  }
+}
+
+// A tmpfs of one MiB, filled and then made read-only.
+static void test_full_and_read_only(const std::string& directory) {
+  const std::string small = directory + "/small";
+  CHECK(mkdir(small.c_str(), 0700) == 0);
+  if (mount("tmpfs", small.c_str(), "tmpfs", 0, "size=1m") != 0) {
+    std::printf("  skipped: cannot mount a tmpfs: %s\n", std::strerror(errno));
+    rmdir(small.c_str());
+    return;
+  }
+  for (const char* engine_name : {"io_uring", "pread"}) {
+    if (std::string(engine_name) == "io_uring" && !io_uring_compiled()) continue;
+    const int fd = open_file(small, false);
+    Buffer buffer(2 << 20);
+    const auto engine = make_io_engine(engine_name, 1);
+    CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {buffer.all()}) == ENOSPC);
+    CHECK(throws(ErrorKind::kNoSpace, small, [&] { open_scratch_file(small, engine_name); }));
+    CHECK(throws(ErrorKind::kNoSpace, "0 bytes free", [&] { open_scratch_file(small, "auto"); }));
+    close(fd);
+  }
+  CHECK(mount(nullptr, small.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0);
+  CHECK(throws(ErrorKind::kStore, "Read-only file system", [&] { open_scratch_file(small, "auto"); }));
+  CHECK(umount(small.c_str()) == 0);
+  rmdir(small.c_str());
+}
+
+static bool takes_direct(const std::string& directory) {
+  const int fd = open(directory.c_str(), O_TMPFILE | O_RDWR | O_DIRECT, 0600);
+  if (fd >= 0) close(fd);
+  return fd >= 0;
+}
+
+static bool is_tmpfs(const std::string& directory) {
+  struct statfs info;
+  CHECK(statfs(directory.c_str(), &info) == 0);
+  return info.f_type == 0x01021994;
+}
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::fprintf(stderr, "usage: test_io DIRECTORY\n");
+    return 2;
+  }
+  const std::string directory = argv[1];
+  const bool direct_works = takes_direct(directory);
+  if (!direct_works) std::printf("O_DIRECT not tested: %s refuses it\n", directory.c_str());
+  std::vector<std::string> engines = {"pread"};
+  if (io_uring_compiled()) {
+    try {
+      make_io_engine("io_uring", 1);
+      engines.push_back("io_uring");
+    } catch (const Error& refused) {
+      std::printf("io_uring not tested: %s\n", refused.what());
+    }
+  } else {
+    std::printf("io_uring not tested: not compiled in\n");
+  }
+  test_transfer();
+  for (const std::string& engine : engines) {
+    std::vector<Case> cases = {{engine, false, directory, false}, {engine, false, "/dev/shm", true}};
+    if (direct_works) {
+      cases.push_back({engine, true, directory, false});
+      cases.push_back({engine, true, directory, true});
+    }
+    for (const Case& c : cases) {
+      std::printf("%s, %s, %s buffers, %s\n", c.engine.c_str(), c.direct ? "O_DIRECT" : "buffered",
+                  c.registered ? "registered" : "unregistered", c.directory.c_str());
+      std::fflush(stdout);
+      test_random_writes_then_reads(c, 200);
+      test_faults_are_resumed(c);
+      test_many_segments(c);
+      test_limits_and_errors(c);
+      test_destructor_waits(c);
+      test_threads(c);
+    }
+    test_endless_eagain_ends(cases[0]);
+  }
+  std::printf("scratch files\n");
+  for (const std::string& engine : engines)
+    check_scratch_file(directory, engine, direct_works && !is_tmpfs(directory));
+  check_scratch_file(directory, "auto", direct_works && !is_tmpfs(directory));
+  check_scratch_file("/dev/shm", "auto", false);
+  check_probe(directory);
+  check_probe("/dev/shm");
+  if (engines.size() == 2) test_refused_rings(directory);
+  test_bad_directories(directory);
+  test_full_and_read_only(directory);
+  std::printf("ok\n");
+  return 0;
+}

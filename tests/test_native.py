@@ -1,0 +1,33 @@
+"""Builds and runs the C++ test programs of tests/native: the I/O engines with faults injected below them."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def has_liburing() -> bool:
+    probe = ["g++", "-x", "c++", "-", "-luring", "-o", "/dev/null"]
+    return subprocess.run(probe, input="#include <liburing.h>\nint main() {}", text=True, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
+@pytest.mark.parametrize("liburing", [True, False], ids=["liburing", "pread only"])
+def test_io_engines_survive_short_transfers_and_refusals(tmp_path, liburing):
+    if liburing and not has_liburing():
+        pytest.skip("liburing's headers are not installed")
+    program = tmp_path / "test_io"
+    sources = ["tests/native/test_io.cpp", "csrc/base/error.cpp", *sorted(glob.glob("csrc/io/*.cpp", root_dir=ROOT))]
+    flags = ["-DCSD_HAVE_LIBURING", "-luring", "-ldl"] if liburing else []
+    build = ["g++", "-std=c++17", "-O1", "-Icsrc", *sources, *flags, "-pthread", "-o", str(program)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    directory = tmp_path / "drive"
+    directory.mkdir()
+    run = subprocess.run([str(program), str(directory)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
