@@ -1,8 +1,9 @@
 // Op schemas, and the only file that includes torch: tensors in, raw pointers on, to a Drive. Stable ABI only.
 //
-// A handle is an int64 tensor {drive, layer, epoch}: graphs can carry it without being tied to one store. layer is -1
-// in a drive's own handle; epoch is -1 for "as the layer is now", else the state that a StorageTensor stands for.
-// Ops that change a store take the handle as Tensor(a!), so that graphs keep their order.
+// A handle is an int64 tensor {drive, layer, epoch}: graphs can carry it without being tied to one store. The numbers
+// are the caller's (ops.py counts them): ops that open or create take the handle under which the thing will be known.
+// layer is -1 in a drive's own handle; epoch is -1 for "as the layer is now", else the state that a StorageTensor stands
+// for. Ops that change a store take the handle as Tensor(a!), so that graphs keep their order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,8 +28,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kHandleSize = 3;
-constexpr int64_t kWholeDrive = -1;
-constexpr int64_t kAnyEpoch = -1;
 
 // ---- handles ----------------------------------------------------------------------------------------------------
 
@@ -63,15 +62,6 @@ Handle open_handle(const Tensor& handle) {
   const auto found = registry().find(values[0]);
   if (found == registry().end()) throw Error(ErrorKind::kClosed, "this store is closed; open a new one");
   return {found->second, values[1], values[2]};
-}
-
-Tensor make_handle(int64_t drive, int64_t layer) {
-  Tensor handle = torch::stable::empty({kHandleSize}, ScalarType::Long);
-  auto* values = static_cast<int64_t*>(handle.mutable_data_ptr());
-  values[0] = drive;
-  values[1] = layer;
-  values[2] = kAnyEpoch;
-  return handle;
 }
 
 // ---- tensors ----------------------------------------------------------------------------------------------------
@@ -178,24 +168,6 @@ MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num
 
 // ---- stores -----------------------------------------------------------------------------------------------------
 
-Tensor open(std::string directory, std::string io_engine, std::string simd, int64_t memory_budget, int64_t threads,
-            int64_t queue_depth, bool resident) {
-  DriveOptions options;
-  options.directory = std::move(directory);
-  options.io_engine = std::move(io_engine);
-  options.simd = std::move(simd);
-  options.memory_budget_bytes = memory_budget;
-  options.threads = threads;
-  options.queue_depth = queue_depth;
-  options.resident = resident;
-  auto drive = std::make_shared<Drive>(options);
-  static int64_t next_id = 0;
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  const int64_t id = next_id++;
-  registry()[id] = std::move(drive);
-  return make_handle(id, kWholeDrive);
-}
-
 void close(const Tensor& drive) {
   std::shared_ptr<Drive> closing;  // its destructor waits for I/O: outside of the lock
   std::lock_guard<std::mutex> lock(registry_mutex);
@@ -205,8 +177,24 @@ void close(const Tensor& drive) {
   registry().erase(found);
 }
 
-Tensor create_layer(const Tensor& drive, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                    ScalarType kv_dtype) {
+void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd, int64_t memory_budget,
+          int64_t threads, int64_t queue_depth, bool resident) {
+  DriveOptions options;
+  options.directory = std::move(directory);
+  options.io_engine = std::move(io_engine);
+  options.simd = std::move(simd);
+  options.memory_budget_bytes = memory_budget;
+  options.threads = threads;
+  options.queue_depth = queue_depth;
+  options.resident = resident;
+  close(drive);
+  auto opened = std::make_shared<Drive>(options);
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[handle_values(drive)[0]] = std::move(opened);
+}
+
+void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                  ScalarType kv_dtype) {
   if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
   for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
     if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
@@ -219,12 +207,14 @@ Tensor create_layer(const Tensor& drive, int64_t num_kv_heads, int64_t head_dim_
   geometry.head_dim_k = head_dim_k;
   geometry.head_dim_v = head_dim_v;
   geometry.dtype = to_dtype(kv_dtype, "kv_dtype");
-  return make_handle(handle_values(drive)[0], open_handle(drive).drive->create_layer(geometry));
+  const Handle target = open_handle(handle);
+  target.drive->create_layer(target.layer, geometry);
 }
 
-Tensor fork_layer(const Tensor& handle) {
-  const Handle source = open_handle(handle);
-  return make_handle(handle_values(handle)[0], source.drive->fork_layer(source.layer));
+void fork_layer(const Tensor& handle, const Tensor& source) {
+  const Handle target = open_handle(handle);
+  if (handle_values(source)[0] != handle_values(handle)[0]) fail("a fork lies on the drive of its source");
+  target.drive->fork_layer(target.layer, handle_values(source)[1]);
 }
 
 void drop_layer(const Tensor& handle) {
@@ -300,6 +290,8 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
   const Handle target = open_handle(handle);
   target.drive->reorder(target.layer, index);
 }
+
+void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
 
 // ---- computing --------------------------------------------------------------------------------------------------
 
@@ -399,37 +391,43 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
 
 // ---- reporting --------------------------------------------------------------------------------------------------
 
-std::string stats(const Tensor& drive) { return open_handle(drive).drive->stats_json(); }
-
-std::string probe(std::string directory, std::string io_engine) {
-  const ProbeResult result = probe_directory(directory, io_engine);
-  std::string lines = result.file_system + "\n" + result.device + "\n" + text(result.free_bytes) + "\n" +
-                      result.chosen.engine + "\n" + (result.chosen.direct_io ? "1" : "0") + "\n" +
-                      result.chosen.reason;
-  for (const std::string& verdict : result.verdicts) lines += "\n" + verdict;
-  return lines;
+// Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
+Tensor text_tensor(const std::string& value) {
+  Tensor result = torch::stable::empty({static_cast<int64_t>(value.size())}, ScalarType::Byte);
+  std::copy(value.begin(), value.end(), static_cast<uint8_t*>(result.mutable_data_ptr()));
+  return result;
 }
 
-std::string supported_simd() { return supported_kernels(); }
+Tensor stats(const Tensor& drive) { return text_tensor(open_handle(drive).drive->stats_json()); }
+
+Tensor probe(std::string directory, std::string io_engine) {
+  const ProbeResult result = probe_directory(directory, io_engine);
+  std::string lines = result.file_system + "\n" + result.device + "\n" + result.chosen.engine + "\n" +
+                      (result.chosen.direct_io ? "1" : "0") + "\n" + result.chosen.reason;
+  for (const std::string& verdict : result.verdicts) lines += "\n" + verdict;
+  return text_tensor(lines);
+}
+
+Tensor supported_simd() { return text_tensor(supported_kernels()); }
 
 }  // namespace
 }  // namespace csd::ops
 
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
-      "open(str directory, str io_engine, str simd, int memory_budget, int threads, int queue_depth, bool resident) "
-      "-> Tensor");
+      "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
+      "int queue_depth, bool resident) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
-      "create_layer(Tensor(a!) drive, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType kv_dtype) "
-      "-> Tensor");
-  m.def("fork_layer(Tensor handle) -> Tensor");
+      "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType kv_dtype) -> ()");
+  m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
   m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> ()");
   m.def("truncate(Tensor(a!) handle, int[] lengths) -> ()");
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
+  m.def("flush(Tensor(a!) drive) -> ()");
   m.def(
       "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int causal, "
       "int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
@@ -441,19 +439,19 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "read(Tensor handle, bool values, ScalarType dtype, SymInt row_begin, SymInt row_count, SymInt kv_begin, "
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
-  m.def("stats(Tensor drive) -> str");
-  m.def("probe(str directory, str io_engine) -> str");
-  m.def("supported_simd() -> str");
+  m.def("stats(Tensor drive) -> Tensor");
+  m.def("probe(str directory, str io_engine) -> Tensor");
+  m.def("supported_simd() -> Tensor");
 }
 
 // No tensor argument to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(torch_csd, BackendSelect, m) {
-  m.impl("open", TORCH_BOX(&csd::ops::open));
   m.impl("probe", TORCH_BOX(&csd::ops::probe));
   m.impl("supported_simd", TORCH_BOX(&csd::ops::supported_simd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
+  m.impl("open", TORCH_BOX(&csd::ops::open));
   m.impl("close", TORCH_BOX(&csd::ops::close));
   m.impl("create_layer", TORCH_BOX(&csd::ops::create_layer));
   m.impl("fork_layer", TORCH_BOX(&csd::ops::fork_layer));
@@ -463,6 +461,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("truncate", TORCH_BOX(&csd::ops::truncate));
   m.impl("trim", TORCH_BOX(&csd::ops::trim));
   m.impl("reorder", TORCH_BOX(&csd::ops::reorder));
+  m.impl("flush", TORCH_BOX(&csd::ops::flush));
   m.impl("attend", TORCH_BOX(&csd::ops::attend));
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));

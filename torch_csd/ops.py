@@ -5,6 +5,7 @@ A handle is an int64 CPU tensor ``[drive, layer, epoch]`` (see csrc/ops.cpp). Po
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -51,6 +52,10 @@ def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
 # ---- stores and layers ------------------------------------------------------------------------------------------
 
 
+_drive_numbers = itertools.count()
+_layer_numbers = itertools.count()
+
+
 def open_drive(
     directory: str,
     *,
@@ -61,7 +66,10 @@ def open_drive(
     queue_depth: int,
     resident: bool,
 ) -> Tensor:
-    return _call(_ops.open, directory, io_engine, simd, memory_budget_bytes, threads, queue_depth, resident)
+    """A new drive's handle."""
+    drive = torch.tensor([next(_drive_numbers), -1, -1])
+    _call(_ops.open, drive, directory, io_engine, simd, memory_budget_bytes, threads, queue_depth, resident)
+    return drive
 
 
 def close_drive(drive: Tensor) -> None:
@@ -72,11 +80,17 @@ def close_drive(drive: Tensor) -> None:
 def create_layer(
     drive: Tensor, *, num_kv_heads: int, head_dim_k: int, head_dim_v: int, kv_dtype: torch.dtype
 ) -> Tensor:
-    return _call(_ops.create_layer, drive, num_kv_heads, head_dim_k, head_dim_v, kv_dtype)
+    """A new, empty layer's handle."""
+    handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
+    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, kv_dtype)
+    return handle
 
 
-def fork_layer(handle: Tensor) -> Tensor:
-    return _call(_ops.fork_layer, handle)
+def fork_layer(source: Tensor) -> Tensor:
+    """The handle of a new layer that shares the source's pages."""
+    handle = torch.tensor([int(source[0]), next(_layer_numbers), -1])
+    _call(_ops.fork_layer, handle, source)
+    return handle
 
 
 def drop_layer(handle: Tensor) -> None:
@@ -103,6 +117,10 @@ def trim(handle: Tensor, begin: int) -> None:
 
 def reorder(handle: Tensor, index: Sequence[int]) -> None:
     _call(_ops.reorder, handle, list(index))
+
+
+def flush(drive: Tensor) -> None:
+    _call(_ops.flush, drive)
 
 
 # ---- computing --------------------------------------------------------------------------------------------------
@@ -176,18 +194,21 @@ def read(
 # ---- reporting --------------------------------------------------------------------------------------------------
 
 
+def _text(characters: Tensor) -> str:
+    return bytes(characters.tolist()).decode()
+
+
 def stats(drive: Tensor) -> dict[str, int | float | str | bool]:
-    return json.loads(_call(_ops.stats, drive))
+    return json.loads(_text(_call(_ops.stats, drive)))
 
 
-def probe(directory: str, io_engine: str) -> dict[str, int | str | bool | list[str]]:
-    lines = _call(_ops.probe, directory, io_engine).split("\n")
-    file_system, device, free_bytes, engine, direct_io, reason, *verdicts = lines
+def probe(directory: str, io_engine: str) -> dict[str, str | bool | list[str]]:
+    file_system, device, engine, direct_io, reason, *verdicts = _text(
+        _call(_ops.probe, directory, io_engine)
+    ).split("\n")
     return {
-        "directory": directory,
         "file_system": file_system,
         "device": device,
-        "free_bytes": int(free_bytes),
         "io_engine": engine,
         "direct_io": direct_io == "1",
         "reason": reason,
@@ -197,25 +218,10 @@ def probe(directory: str, io_engine: str) -> dict[str, int | str | bool | list[s
 
 def supported_simd() -> list[str]:
     """Instruction sets this processor runs, slowest first."""
-    return _call(_ops.supported_simd).split(",")
+    return _text(_call(_ops.supported_simd)).split(",")
 
 
 # ---- tracing: shapes without data ---------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("torch_csd::open")
-def _(directory, io_engine, simd, memory_budget, threads, queue_depth, resident):
-    return torch.empty(3, dtype=torch.int64)
-
-
-@torch.library.register_fake("torch_csd::create_layer")
-def _(drive, num_kv_heads, head_dim_k, head_dim_v, kv_dtype):
-    return drive.new_empty(3)
-
-
-@torch.library.register_fake("torch_csd::fork_layer")
-def _(handle):
-    return handle.new_empty(3)
 
 
 @torch.library.register_fake("torch_csd::layer_info")
@@ -223,11 +229,29 @@ def _(handle):
     return handle.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
-for _name in ("close", "drop_layer", "append", "truncate", "trim", "reorder"):
+for _name in (
+    "open",
+    "close",
+    "create_layer",
+    "fork_layer",
+    "drop_layer",
+    "append",
+    "truncate",
+    "trim",
+    "reorder",
+    "flush",
+):
 
     @torch.library.register_fake(f"torch_csd::{_name}")
     def _(*args, **kwargs):
         return None
+
+
+for _name in ("stats", "probe", "supported_simd"):
+
+    @torch.library.register_fake(f"torch_csd::{_name}")
+    def _(*args):
+        return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torch_csd::attend")

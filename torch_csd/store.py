@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Sequence
@@ -255,6 +256,15 @@ class KVStore:
             if number in self._layers:
                 ops.drop_layer(self._layers.pop(number).handle)
 
+    def flush(self) -> None:
+        """Waits until every page that is on its way to the drive has arrived, and left memory.
+
+        Raises:
+            StoreError: one of those writes failed; its pages are still in memory and nothing is lost.
+        """
+        self._check_open()
+        ops.flush(self._drive.handle)
+
     def close(self) -> None:
         """Gives everything back. Idempotent; any other use afterwards raises :class:`StoreClosedError`."""
         self._finalizer()
@@ -444,4 +454,6 @@ def probe(directory: str | os.PathLike[str], io_engine: str = "auto") -> dict[st
     """
     if io_engine not in IO_ENGINES:
         raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
-    return ops.probe(os.path.abspath(os.fspath(directory)), io_engine)
+    directory = os.path.abspath(os.fspath(directory))
+    verdict = ops.probe(directory, io_engine)
+    return {"directory": directory, "free_bytes": shutil.disk_usage(directory).free, **verdict}

@@ -225,6 +225,9 @@ class StorageTensor(torch.Tensor):
     def _handle(self) -> Tensor:
         return self._pair.handle
 
+    def _stable_hash_for_caching(self) -> str:
+        return repr(self.__tensor_flatten__()[1])
+
     @staticmethod
     def __tensor_unflatten__(inner_tensors, context, outer_size, outer_stride):
         view, loose, dtype, device = context

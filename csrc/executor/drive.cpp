@@ -82,7 +82,7 @@ Layer& Drive::find(int64_t layer_id) {
   return found->second;
 }
 
-int64_t Drive::create_layer(const Geometry& geometry) {
+void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
   check_process();
   std::unique_lock<std::shared_mutex> lock(state_mutex_);
   // Two pages to read into, and two in memory: a tail and the copy a shared tail turns into.
@@ -95,19 +95,15 @@ int64_t Drive::create_layer(const Geometry& geometry) {
                                         text(geometry.head_dim_k) + " + " + text(geometry.head_dim_v) +
                                         "); it must be at least " + text(round_up(8 * page_bytes, kMiB)));
   }
-  const int64_t id = next_layer_id_++;
-  layers_[id].geometry = geometry;
-  return id;
+  layers_[layer_id] = Layer{geometry, {}, 0, 0};
 }
 
-int64_t Drive::fork_layer(int64_t layer_id) {
+void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   check_process();
   std::unique_lock<std::shared_mutex> lock(state_mutex_);
-  Layer copy = find(layer_id);
+  Layer copy = find(source_id);
   for (Row& row : copy.rows) row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.page_bytes());
-  const int64_t id = next_layer_id_++;
-  layers_.emplace(id, std::move(copy));
-  return id;
+  layers_[layer_id] = std::move(copy);
 }
 
 void Drive::drop_layer(int64_t layer_id) {
@@ -384,6 +380,13 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   }
   layer.rows = std::move(rows);
   layer.epoch++;
+}
+
+void Drive::flush() {
+  check_process();
+  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  writer_->drain();
+  settle_writes();
 }
 
 // ---- computing from it ------------------------------------------------------------------------------------------

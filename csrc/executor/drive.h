@@ -64,8 +64,9 @@ class Drive {
   Drive(const Drive&) = delete;
   Drive& operator=(const Drive&) = delete;
 
-  int64_t create_layer(const Geometry& geometry);
-  int64_t fork_layer(int64_t layer_id);
+  // Layers are numbered by the caller; one that already has the number is replaced.
+  void create_layer(int64_t layer_id, const Geometry& geometry);
+  void fork_layer(int64_t layer_id, int64_t source_id);
   void drop_layer(int64_t layer_id);
   LayerInfo info(int64_t layer_id);
 
@@ -74,6 +75,7 @@ class Drive {
   void truncate(int64_t layer_id, const std::vector<int64_t>& lengths);  // one for all rows, or one per row
   void trim(int64_t layer_id, int64_t begin);
   void reorder(int64_t layer_id, const std::vector<int64_t>& index);
+  void flush();  // waits until every page on its way to the drive is there
 
   // epoch: of the view the caller holds; -1 takes the layer as it is now. Throws kStale when it has changed.
   void attend(int64_t layer_id, int64_t epoch, AttendRequest request);
@@ -120,7 +122,6 @@ class Drive {
   std::shared_mutex state_mutex_;  // layers, pages, arena, space, writer
   std::mutex pass_mutex_;          // stream, scratch; taken after state_mutex_
   std::map<int64_t, Layer> layers_;
-  int64_t next_layer_id_ = 0;
   Candidates sealed_;  // full pages
   Candidates tails_;   // pages that a row still fills
 
