@@ -1,0 +1,545 @@
+// The kernels for AVX-512 F, BW, DQ and VL. Elements go in groups of 32: two registers of fp32.
+#if defined(__x86_64__)
+
+#if defined(__GNUC__) && !defined(__clang__)
+// Its headers initialise "undefined" registers with themselves and then warn of it (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "kernels/kernels.h"
+#include "kernels/pack.h"
+#include "kernels/target.h"
+
+namespace csd {
+
+CSD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl")
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Queries whose sums stay in registers while K or V streams by: 6 rows x 4 registers of the 32.
+constexpr int64_t kRowBlock = 6;
+
+// How far ahead of its use a tile is fetched into L2; where K, V and the next tile are adjacent this runs on
+// into them. Chosen from 8 to 48 KiB on a Zen 5 core, head_dim 128, 4 queries: bf16 decodes at 0.81 to 0.87
+// of the core's plain memory read (0.72 with 16 KiB), fp32 at 0.74 to 0.90 (0.71 with 32 KiB).
+template <typename Element>
+constexpr int64_t kPrefetchBytes = (sizeof(Element) == 2 ? 32 : 16) * 1024;
+
+struct F32x32 {
+  __m512 first;
+  __m512 second;
+};
+
+inline __mmask16 first_half(__mmask32 mask) { return static_cast<__mmask16>(mask); }
+inline __mmask16 second_half(__mmask32 mask) { return static_cast<__mmask16>(mask >> 16); }
+
+// The first `count` of 32 elements: all of them from 32 on, none from 0 down.
+inline __mmask32 mask_of(int64_t count) {
+  if (count >= 32) return ~__mmask32{0};
+  return count <= 0 ? __mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
+inline F32x32 load_f32x32(const float* p, __mmask32 mask) {
+  return {_mm512_maskz_loadu_ps(first_half(mask), p), _mm512_maskz_loadu_ps(second_half(mask), p + 16)};
+}
+
+inline void store_f32x32(float* p, __mmask32 mask, F32x32 x) {
+  _mm512_mask_storeu_ps(p, first_half(mask), x.first);
+  _mm512_mask_storeu_ps(p + 16, second_half(mask), x.second);
+}
+
+inline __m256i narrow_bf16x16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+  const __m512i quiet_nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet_nan));
+}
+
+// Each dtype: `load` widens 32 elements exactly, in whatever order is cheapest; `ordered` puts what was
+// computed from them back in the elements' order; `store` narrows 32 values that are in order.
+
+struct Float32 {
+  using Element = float;
+  static F32x32 load(const float* p, __mmask32 mask) { return load_f32x32(p, mask); }
+  static F32x32 ordered(F32x32 x) { return x; }
+  static void store(float* p, __mmask32 mask, F32x32 x) { store_f32x32(p, mask, x); }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  // Even elements, then odd ones: a shift and an AND, where keeping the order would take two shuffles more.
+  static F32x32 load(const uint16_t* p, __mmask32 mask) {
+    const __m512i pairs = _mm512_maskz_loadu_epi16(mask, p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+  }
+  static F32x32 ordered(F32x32 x) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return {_mm512_permutex2var_ps(x.first, low, x.second), _mm512_permutex2var_ps(x.first, high, x.second)};
+  }
+  static void store(uint16_t* p, __mmask32 mask, F32x32 x) {
+    _mm256_mask_storeu_epi16(p, first_half(mask), narrow_bf16x16(x.first));
+    _mm256_mask_storeu_epi16(p + 16, second_half(mask), narrow_bf16x16(x.second));
+  }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  static F32x32 load(const uint16_t* p, __mmask32 mask) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_half(mask), p)),
+            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(second_half(mask), p + 16))};
+  }
+  static F32x32 ordered(F32x32 x) { return x; }
+  static void store(uint16_t* p, __mmask32 mask, F32x32 x) {
+    constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_mask_storeu_epi16(p, first_half(mask), _mm512_cvtps_ph(x.first, kNearestEven));
+    _mm256_mask_storeu_epi16(p + 16, second_half(mask), _mm512_cvtps_ph(x.second, kNearestEven));
+  }
+};
+
+// Rows of the next block when `row_count` rows are left. Blocks are even: 8 rows go 4 + 4 and not 6 + 2.
+inline int64_t next_rows(int64_t row_count) {
+  const int64_t block_count = (row_count + kRowBlock - 1) / kRowBlock;
+  return (row_count + block_count - 1) / block_count;
+}
+
+inline void prefetch(const void* address, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(address) + i, _MM_HINT_T1);
+}
+
+// kRows queries x the whole tile.
+template <typename D, int kRows>
+void score_block(const float* q, const void* k_tile, int64_t head_dim, int64_t ahead_bytes, float* scores) {
+  constexpr __mmask32 kAll = ~__mmask32{0};
+  const auto* k = static_cast<const typename D::Element*>(k_tile);
+  __m512 sum[kRows][4];  // tokens 0..31, then 32..63
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    CSD_UNROLL
+    for (int j = 0; j < 4; ++j) sum[m][j] = _mm512_setzero_ps();
+  }
+  for (int64_t d = 0; d < head_dim; ++d, k += kPageTokens) {
+    prefetch(reinterpret_cast<const char*>(k) + ahead_bytes, kPageTokens * sizeof(*k));
+    const F32x32 k_left = D::load(k, kAll);
+    const F32x32 k_right = D::load(k + 32, kAll);
+    CSD_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 weight = _mm512_set1_ps(q[m * head_dim + d]);
+      sum[m][0] = _mm512_fmadd_ps(weight, k_left.first, sum[m][0]);
+      sum[m][1] = _mm512_fmadd_ps(weight, k_left.second, sum[m][1]);
+      sum[m][2] = _mm512_fmadd_ps(weight, k_right.first, sum[m][2]);
+      sum[m][3] = _mm512_fmadd_ps(weight, k_right.second, sum[m][3]);
+    }
+  }
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    store_f32x32(scores + m * kPageTokens, kAll, D::ordered({sum[m][0], sum[m][1]}));
+    store_f32x32(scores + m * kPageTokens + 32, kAll, D::ordered({sum[m][2], sum[m][3]}));
+  }
+}
+
+template <typename D>
+void score_all(const float* q, const void* k_tile, int64_t query_count, int64_t head_dim, float* scores) {
+  using Block = void (*)(const float*, const void*, int64_t, int64_t, float*);
+  static constexpr Block kBlock[] = {score_block<D, 1>, score_block<D, 2>, score_block<D, 3>,
+                                     score_block<D, 4>, score_block<D, 5>, score_block<D, 6>};
+  for (int64_t m = 0, rows; m < query_count; m += rows) {
+    rows = next_rows(query_count - m);
+    // After the first block the tile is in the cache.
+    kBlock[rows - 1](q + m * head_dim, k_tile, head_dim, m == 0 ? kPrefetchBytes<typename D::Element> : 0,
+                     scores + m * kPageTokens);
+  }
+}
+
+void score_tile(DType dtype, const float* q, const void* k_tile, int64_t query_count, int64_t head_dim,
+                float* scores) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return score_all<Float32>(q, k_tile, query_count, head_dim, scores);
+    case DType::kBFloat16:
+      return score_all<BFloat16>(q, k_tile, query_count, head_dim, scores);
+    case DType::kFloat16:
+      return score_all<Float16>(q, k_tile, query_count, head_dim, scores);
+  }
+}
+
+// exp(x) for x <= 0, within 1.2e-7 of it relatively; a NaN stays one. x = n ln 2 + r and exp(r) by a minimax
+// polynomial (3.7e-9), in Estrin's order: a row's softmax waits for it twice. Below ln(FLT_MIN) the result is
+// 0: subnormals would be slow in what follows and weigh nothing beside the maximum's 1.
+inline __m512 exp_f32x16(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // ln 2 in two parts: n times the first is exact.
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  const __m512 r2 = _mm512_mul_ps(r, r);
+  const __m512 low = _mm512_fmadd_ps(r, _mm512_set1_ps(1.666652113e-1f), _mm512_set1_ps(4.999999404e-1f));
+  __m512 high = _mm512_fmadd_ps(r, _mm512_set1_ps(8.368745446e-3f), _mm512_set1_ps(4.166838899e-2f));
+  high = _mm512_fmadd_ps(r2, _mm512_set1_ps(1.381453942e-3f), high);
+  const __m512 y = _mm512_fmadd_ps(_mm512_fmadd_ps(high, r2, low), r2, r);  // exp(r) - 1
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.336544f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, _mm512_add_ps(y, _mm512_set1_ps(1.0f)), n);
+}
+
+// Cephes tanhf: an odd polynomial near 0, where 1 - exp would cancel, and exp elsewhere.
+inline __m512 tanh_f32x16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 magnitude = _mm512_abs_ps(x);
+  const __m512 e = exp_f32x16(_mm512_mul_ps(magnitude, _mm512_set1_ps(-2.0f)));
+  const __m512 large = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+
+  const __m512 z = _mm512_mul_ps(x, x);
+  __m512 y = _mm512_set1_ps(-5.70498872745e-3f);
+  y = _mm512_fmadd_ps(y, z, _mm512_set1_ps(2.06390887954e-2f));
+  y = _mm512_fmadd_ps(y, z, _mm512_set1_ps(-5.37397155531e-2f));
+  y = _mm512_fmadd_ps(y, z, _mm512_set1_ps(1.33314422036e-1f));
+  y = _mm512_fmadd_ps(y, z, _mm512_set1_ps(-3.33332819422e-1f));
+  const __m512 small = _mm512_fmadd_ps(_mm512_mul_ps(y, z), x, x);
+
+  const __mmask16 is_small = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(0.625f), _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(_mm512_or_ps(large, sign), is_small, small);
+}
+
+inline uint64_t first_tokens(int64_t count) {
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+}
+
+float softmax_row(float* scores, const ScoreModifier& modifier, SoftmaxState* state) {
+  constexpr int kVectors = kPageTokens / 16;
+  const __m512 minus_infinity = _mm512_set1_ps(-kInfinity);
+  __m512 s[kVectors];
+  CSD_UNROLL
+  for (int j = 0; j < kVectors; ++j) s[j] = _mm512_load_ps(scores + 16 * j);
+
+  if (modifier.softcap != 0.0f) {
+    const __m512 cap = _mm512_set1_ps(modifier.softcap);
+    CSD_UNROLL
+    for (int j = 0; j < kVectors; ++j) s[j] = _mm512_mul_ps(cap, tanh_f32x16(_mm512_div_ps(s[j], cap)));
+  }
+  if (modifier.bias != nullptr) {
+    CSD_UNROLL
+    for (int j = 0; j < kVectors; ++j) s[j] = _mm512_add_ps(s[j], _mm512_loadu_ps(modifier.bias + 16 * j));
+  }
+  if (modifier.alibi_slope != 0.0f) {
+    const __m512 lane = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    CSD_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512 token = _mm512_add_ps(lane, _mm512_set1_ps(static_cast<float>(16 * j)));
+      const __m512 position = _mm512_add_ps(_mm512_set1_ps(modifier.alibi_offset), token);
+      s[j] = _mm512_fmadd_ps(_mm512_set1_ps(modifier.alibi_slope), position, s[j]);
+    }
+  }
+
+  // max_ps gives its second operand when the first is NaN, so row_max is that of the numbers.
+  const uint64_t in_range = first_tokens(modifier.token_end) & ~first_tokens(modifier.token_begin);
+  CSD_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+    s[j] = _mm512_mask_mov_ps(minus_infinity, static_cast<__mmask16>(in_range >> (16 * j)), s[j]);
+  }
+  const __m512 max = _mm512_max_ps(_mm512_max_ps(s[0], _mm512_max_ps(s[1], minus_infinity)),
+                                   _mm512_max_ps(s[2], _mm512_max_ps(s[3], minus_infinity)));
+  float row_max = _mm512_reduce_max_ps(max);
+  if (row_max == -kInfinity) {
+    __mmask16 is_nan = 0;
+    CSD_UNROLL
+    for (int j = 0; j < kVectors; ++j) is_nan |= _mm512_cmp_ps_mask(s[j], s[j], _CMP_UNORD_Q);
+    if (!is_nan) {  // masked everywhere
+      CSD_UNROLL
+      for (int j = 0; j < kVectors; ++j) _mm512_store_ps(scores + 16 * j, _mm512_setzero_ps());
+      return 1.0f;
+    }
+    // A NaN poisons the sum; the maximum is made finite, or the state would look empty.
+    row_max = std::numeric_limits<float>::lowest();
+  }
+
+  const float new_max = row_max > state->max ? row_max : state->max;
+  const bool moved = state->max != -kInfinity && state->max != new_max;
+  const float shrink = moved ? _mm512_cvtss_f32(exp_f32x16(_mm512_set1_ps(state->max - new_max))) : 1.0f;
+  CSD_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+    s[j] = exp_f32x16(_mm512_sub_ps(s[j], _mm512_set1_ps(new_max)));
+    _mm512_store_ps(scores + 16 * j, s[j]);
+  }
+  const __m512 sum = _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
+  state->max = new_max;
+  state->sum = state->sum * shrink + _mm512_reduce_add_ps(sum);
+  return shrink;
+}
+
+// kRows queries x the first `channel_count` of kGroups x 32 channels.
+template <typename D, int kRows, int kGroups>
+void accumulate_block(const float* p, const float* shrink, const typename D::Element* v, int64_t head_dim,
+                      int64_t token_begin, int64_t token_end, int64_t channel_count, const char* ahead,
+                      float* out) {
+  constexpr int64_t kGroupBytes = kGroups * 32 * sizeof(*v);
+  __mmask32 mask[kGroups];
+  CSD_UNROLL
+  for (int g = 0; g < kGroups; ++g) mask[g] = mask_of(channel_count - 32 * g);
+  __m512 sum[kRows][2 * kGroups];
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    CSD_UNROLL
+    for (int j = 0; j < 2 * kGroups; ++j) sum[m][j] = _mm512_setzero_ps();
+  }
+  for (int64_t t = token_begin; t < token_end; ++t) {
+    const auto* token = v + t * head_dim;
+    prefetch(ahead + t * kGroupBytes, kGroupBytes);
+    __m512 v_group[2 * kGroups];
+    CSD_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      const F32x32 x = D::load(token + 32 * g, mask[g]);
+      v_group[2 * g] = x.first;
+      v_group[2 * g + 1] = x.second;
+    }
+    CSD_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 weight = _mm512_set1_ps(p[m * kPageTokens + t]);
+      CSD_UNROLL
+      for (int j = 0; j < 2 * kGroups; ++j) sum[m][j] = _mm512_fmadd_ps(weight, v_group[j], sum[m][j]);
+    }
+  }
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    const __m512 factor = _mm512_set1_ps(shrink[m]);
+    CSD_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      float* target = out + m * head_dim + 32 * g;
+      const F32x32 before = load_f32x32(target, mask[g]);
+      F32x32 after = D::ordered({sum[m][2 * g], sum[m][2 * g + 1]});
+      after.first = _mm512_fmadd_ps(before.first, factor, after.first);
+      after.second = _mm512_fmadd_ps(before.second, factor, after.second);
+      store_f32x32(target, mask[g], after);
+    }
+  }
+}
+
+template <typename D, int kGroups>
+void accumulate_channels(const float* p, const float* shrink, const typename D::Element* v,
+                         int64_t query_count, int64_t head_dim, int64_t token_begin, int64_t token_end,
+                         int64_t channel_count, const char* ahead, float* out) {
+  using Block = void (*)(const float*, const float*, const typename D::Element*, int64_t, int64_t, int64_t,
+                         int64_t, const char*, float*);
+  static constexpr Block kBlock[] = {accumulate_block<D, 1, kGroups>, accumulate_block<D, 2, kGroups>,
+                                     accumulate_block<D, 3, kGroups>, accumulate_block<D, 4, kGroups>,
+                                     accumulate_block<D, 5, kGroups>, accumulate_block<D, 6, kGroups>};
+  for (int64_t m = 0, rows; m < query_count; m += rows) {
+    rows = next_rows(query_count - m);
+    kBlock[rows - 1](p + m * kPageTokens, shrink + m, v, head_dim, token_begin, token_end, channel_count,
+                     ahead, out + m * head_dim);
+    ahead = reinterpret_cast<const char*>(v);  // from here on these channels are in the cache
+  }
+}
+
+// Channels outside, queries inside: 64 channels of V stay in L1 while hundreds of queries pass. What is
+// fetched ahead goes up in memory without a gap, unlike what is read.
+template <typename D>
+void accumulate_all(const float* p, const float* shrink, const void* v_tile, int64_t query_count,
+                    int64_t head_dim, int64_t token_begin, int64_t token_end, float* out) {
+  const auto* v = static_cast<const typename D::Element*>(v_tile);
+  for (int64_t d = 0; d < head_dim; d += 64) {
+    const int64_t channel_count = head_dim - d;
+    const auto channels = channel_count > 32 ? accumulate_channels<D, 2> : accumulate_channels<D, 1>;
+    const char* ahead =
+        reinterpret_cast<const char*>(v + d * kPageTokens) + kPrefetchBytes<typename D::Element>;
+    channels(p, shrink, v + d, query_count, head_dim, token_begin, token_end, channel_count, ahead, out + d);
+  }
+}
+
+void accumulate_tile(DType dtype, const float* p, const float* shrink, const void* v_tile,
+                     int64_t query_count, int64_t head_dim, int64_t token_begin, int64_t token_end,
+                     float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return accumulate_all<Float32>(p, shrink, v_tile, query_count, head_dim, token_begin, token_end, out);
+    case DType::kBFloat16:
+      return accumulate_all<BFloat16>(p, shrink, v_tile, query_count, head_dim, token_begin, token_end, out);
+    case DType::kFloat16:
+      return accumulate_all<Float16>(p, shrink, v_tile, query_count, head_dim, token_begin, token_end, out);
+  }
+}
+
+void blend(const float* a, float a_weight, const float* b, float b_weight, int64_t count, float* out) {
+  if (a_weight == 0.0f && b_weight == 0.0f) {
+    std::memset(out, 0, count * sizeof(float));
+    return;
+  }
+  const __m512 a_factor = _mm512_set1_ps(a_weight);
+  const __m512 b_factor = _mm512_set1_ps(b_weight);
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 mask = mask_of(count - i);
+    const F32x32 x = load_f32x32(a + i, mask);
+    const F32x32 y = load_f32x32(b + i, mask);
+    store_f32x32(out + i, mask,
+                 {_mm512_fmadd_ps(x.first, a_factor, _mm512_mul_ps(y.first, b_factor)),
+                  _mm512_fmadd_ps(x.second, a_factor, _mm512_mul_ps(y.second, b_factor))});
+  }
+}
+
+template <typename D>
+void load_all(const void* in, float factor, int64_t count, float* out) {
+  const auto* elements = static_cast<const typename D::Element*>(in);
+  const __m512 factors = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 mask = mask_of(count - i);
+    const F32x32 x = D::ordered(D::load(elements + i, mask));
+    store_f32x32(out + i, mask, {_mm512_mul_ps(x.first, factors), _mm512_mul_ps(x.second, factors)});
+  }
+}
+
+void load(DType dtype, const void* in, float factor, int64_t count, float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return load_all<Float32>(in, factor, count, out);
+    case DType::kBFloat16:
+      return load_all<BFloat16>(in, factor, count, out);
+    case DType::kFloat16:
+      return load_all<Float16>(in, factor, count, out);
+  }
+}
+
+template <typename D>
+void store_all(const float* in, float factor, int64_t count, void* out) {
+  auto* elements = static_cast<typename D::Element*>(out);
+  const __m512 factors = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 mask = mask_of(count - i);
+    const F32x32 x = load_f32x32(in + i, mask);
+    D::store(elements + i, mask, {_mm512_mul_ps(x.first, factors), _mm512_mul_ps(x.second, factors)});
+  }
+}
+
+void store(DType dtype, const float* in, float factor, int64_t count, void* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return store_all<Float32>(in, factor, count, out);
+    case DType::kBFloat16:
+      return store_all<BFloat16>(in, factor, count, out);
+    case DType::kFloat16:
+      return store_all<Float16>(in, factor, count, out);
+  }
+}
+
+// Transposes 8 x 8 elements. Three rounds of interleaving rows i and i + 4 move each element's row number
+// into its column number, one bit a round.
+inline void transpose_block(const uint16_t* source, int64_t source_stride, uint16_t* target,
+                            int64_t target_stride) {
+  __m128i row[8];
+  for (int i = 0; i < 8; ++i) {
+    row[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i * source_stride));
+  }
+  for (int round = 0; round < 3; ++round) {
+    __m128i mixed[8];
+    for (int i = 0; i < 4; ++i) {
+      mixed[2 * i] = _mm_unpacklo_epi16(row[i], row[i + 4]);
+      mixed[2 * i + 1] = _mm_unpackhi_epi16(row[i], row[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) row[i] = mixed[i];
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i * target_stride), row[i]);
+  }
+}
+
+inline void transpose_block(const uint32_t* source, int64_t source_stride, uint32_t* target,
+                            int64_t target_stride) {
+  const __m256i low = _mm256_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m256i high = _mm256_setr_epi32(4, 12, 5, 13, 6, 14, 7, 15);
+  __m256i row[8];
+  for (int i = 0; i < 8; ++i) {
+    row[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i * source_stride));
+  }
+  for (int round = 0; round < 3; ++round) {
+    __m256i mixed[8];
+    for (int i = 0; i < 4; ++i) {
+      mixed[2 * i] = _mm256_permutex2var_epi32(row[i], low, row[i + 4]);
+      mixed[2 * i + 1] = _mm256_permutex2var_epi32(row[i], high, row[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) row[i] = mixed[i];
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i * target_stride), row[i]);
+  }
+}
+
+template <typename Element>
+void transpose_all(const void* source, int64_t source_stride, int64_t row_count, int64_t column_count,
+                   void* target, int64_t target_stride) {
+  const auto* from = static_cast<const Element*>(source);
+  auto* to = static_cast<Element*>(target);
+  const int64_t block_rows = row_count / 8 * 8;
+  const int64_t block_columns = column_count / 8 * 8;
+  for (int64_t r = 0; r < block_rows; r += 8) {
+    for (int64_t c = 0; c < block_columns; c += 8) {
+      transpose_block(from + r * source_stride + c, source_stride, to + c * target_stride + r, target_stride);
+    }
+  }
+  // The edges: less than a block of rows or of columns.
+  for (int64_t r = 0; r < row_count; ++r) {
+    for (int64_t c = r < block_rows ? block_columns : 0; c < column_count; ++c) {
+      to[c * target_stride + r] = from[r * source_stride + c];
+    }
+  }
+}
+
+void transpose(int64_t bytes_per_element, const void* source, int64_t source_stride, int64_t row_count,
+               int64_t column_count, void* target, int64_t target_stride) {
+  if (bytes_per_element == 2) {
+    transpose_all<uint16_t>(source, source_stride, row_count, column_count, target, target_stride);
+  } else {
+    transpose_all<uint32_t>(source, source_stride, row_count, column_count, target, target_stride);
+  }
+}
+
+constexpr PackSteps kSteps = {load, store, transpose};
+
+void pack_k(DType source_dtype, const void* source, int64_t token_stride, DType tile_dtype, int64_t head_dim,
+            int64_t token_begin, int64_t token_count, void* k_tile) {
+  csd::pack_k(kSteps, source_dtype, source, token_stride, tile_dtype, head_dim, token_begin, token_count,
+              k_tile);
+}
+
+void pack_v(DType source_dtype, const void* source, int64_t token_stride, DType tile_dtype, int64_t head_dim,
+            int64_t token_begin, int64_t token_count, void* v_tile) {
+  csd::pack_v(kSteps, source_dtype, source, token_stride, tile_dtype, head_dim, token_begin, token_count,
+              v_tile);
+}
+
+void unpack_k(DType tile_dtype, const void* k_tile, int64_t head_dim, int64_t token_begin,
+              int64_t token_count, DType target_dtype, int64_t token_stride, void* target) {
+  csd::unpack_k(kSteps, tile_dtype, k_tile, head_dim, token_begin, token_count, target_dtype, token_stride,
+                target);
+}
+
+void unpack_v(DType tile_dtype, const void* v_tile, int64_t head_dim, int64_t token_begin,
+              int64_t token_count, DType target_dtype, int64_t token_stride, void* target) {
+  csd::unpack_v(kSteps, tile_dtype, v_tile, head_dim, token_begin, token_count, target_dtype, token_stride,
+                target);
+}
+
+}  // namespace
+
+CSD_TARGET_END
+
+const Kernels kAvx512Kernels = {
+    "avx512", score_tile, softmax_row, accumulate_tile, blend,    load,
+    store,    pack_k,     pack_v,      unpack_k,        unpack_v,
+};
+
+}  // namespace csd
+
+#endif  // __x86_64__
