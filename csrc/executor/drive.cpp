@@ -1,6 +1,5 @@
 #include "executor/drive.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,7 +20,9 @@ constexpr int kWriteDepth = 32;
 
 int64_t staging_bytes(const DriveOptions& options) {
   const int64_t wanted = std::min(kStagingBytesMax, options.queue_depth * kMiB);
-  return std::min(wanted, options.memory_budget_bytes / 4) / kBlockBytes * kBlockBytes;
+  const int64_t bytes = std::min(wanted, options.memory_budget_bytes / 4);
+  const int64_t step = bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
+  return bytes / step * step;
 }
 
 int64_t scratch_bytes(const DriveOptions& options) {

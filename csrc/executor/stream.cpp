@@ -1,11 +1,10 @@
 #include "executor/stream.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 
 #include "base/error.h"
+#include "base/mapped_memory.h"
 
 namespace csd {
 namespace {
@@ -21,15 +20,6 @@ int64_t now_ns() {
 
 }  // namespace
 
-struct PageStream::Worker {
-  std::unique_ptr<IoQueue> queue;
-  uint8_t* staging = nullptr;  // this pass's share
-  std::vector<iovec> segments;     // by slot
-  std::vector<int64_t> slot_run;   // by slot: index into Plan::reads
-  std::vector<int> free_slots;
-  std::vector<IoCompletion> completions;
-};
-
 struct PageStream::Pass {
   const Plan* plan;
   int64_t page_bytes;
@@ -42,6 +32,53 @@ struct PageStream::Pass {
   std::mutex mutex;
   int error = 0;  // the first read error
   int64_t error_offset = 0;
+
+  void fail(int errno_value, int64_t file_offset) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (error == 0) {
+      error = errno_value;
+      error_offset = file_offset;
+    }
+    failed = true;
+  }
+};
+
+struct PageStream::Worker {
+  std::unique_ptr<IoQueue> queue;
+  uint8_t* staging = nullptr;     // this pass's share
+  std::vector<iovec> segments;    // by slot
+  std::vector<int64_t> slot_run;  // by slot: index into Plan::reads
+  std::vector<int> free_slots;
+  std::vector<IoCompletion> completions;
+
+  void begin(int64_t slot_count) {
+    CSD_CHECK(slot_count > 0, "the staging memory does not hold a page");
+    segments.resize(static_cast<size_t>(slot_count));
+    slot_run.resize(static_cast<size_t>(slot_count));
+    free_slots.clear();
+    for (int64_t slot = slot_count; slot-- > 0;) free_slots.push_back(static_cast<int>(slot));
+  }
+
+  // Starts reads until no slot is free or nothing is left to read.
+  void fill(Pass* pass) {
+    const auto read_count = static_cast<int64_t>(pass->plan->reads.size());
+    while (!free_slots.empty() && !pass->failed) {
+      const int64_t index = pass->next_read.fetch_add(1, std::memory_order_relaxed);
+      if (index >= read_count) return;
+      const ReadRun& run = pass->plan->reads[static_cast<size_t>(index)];
+      const int slot = free_slots.back();
+      free_slots.pop_back();
+      iovec& segment = segments[static_cast<size_t>(slot)];
+      segment = {staging + pass->slot_bytes * slot, static_cast<size_t>(run.bytes)};
+      slot_run[static_cast<size_t>(slot)] = index;
+      IoRequest request;
+      request.file_offset = run.file_offset;
+      request.segments = &segment;
+      request.segment_count = 1;
+      request.tag = static_cast<uint64_t>(slot);
+      queue->submit(request);
+    }
+  }
 };
 
 PageStream::PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth,
@@ -55,7 +92,7 @@ PageStream::PageStream(IoEngine* engine, int fd, std::string path, int worker_co
 
 PageStream::~PageStream() {
   workers_.clear();  // their queues wait for reads in flight before the staging memory goes
-  if (staging_ != nullptr) munmap(staging_, static_cast<size_t>(staging_bytes_));
+  if (staging_ != nullptr) unmap_memory(staging_, staging_bytes_);
 }
 
 int64_t PageStream::read_bytes_max(int64_t page_bytes) const {
@@ -67,14 +104,7 @@ int64_t PageStream::staging_bytes_touched() const { return staging_ == nullptr ?
 
 void PageStream::prepare(int worker_count) {
   if (staging_ == nullptr) {
-    void* mapped = mmap(nullptr, static_cast<size_t>(staging_bytes_), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) {
-      throw Error(ErrorKind::kBudget, "mmap of " + std::to_string(staging_bytes_) +
-                                          " bytes to stage reads failed; lower memory_budget or raise the limit");
-    }
-    staging_ = static_cast<uint8_t*>(mapped);
-    madvise(staging_, static_cast<size_t>(staging_bytes_), MADV_HUGEPAGE);
+    staging_ = map_memory(staging_bytes_, "reads in flight");
   }
   const int depth = std::max(2, queue_depth_ / pool_.worker_count());
   while (static_cast<int>(workers_.size()) < worker_count) {
@@ -113,78 +143,45 @@ void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weigh
   counters_.resident_read_bytes += memory_uses * page_bytes;
 }
 
+// One worker of a pass. It keeps its slots reading, and computes on pages in memory, or on what has landed.
 void PageStream::work(Worker* worker, int number, Pass* pass) {
   const Plan& plan = *pass->plan;
-  const auto read_count = static_cast<int64_t>(plan.reads.size());
   const auto memory_count = static_cast<int64_t>(plan.memory_uses.size());
   const int64_t start_ns = now_ns();
   int64_t wait_ns = 0;
-  if (worker != nullptr) {
-    CSD_CHECK(pass->slot_count > 0, "the staging memory does not hold a page");
-    worker->segments.resize(static_cast<size_t>(pass->slot_count));
-    worker->slot_run.resize(static_cast<size_t>(pass->slot_count));
-    worker->free_slots.clear();
-    for (int64_t slot = pass->slot_count; slot-- > 0;) worker->free_slots.push_back(static_cast<int>(slot));
-  }
-  bool reads_left = worker != nullptr;
+  if (worker != nullptr) worker->begin(pass->slot_count);
   try {
     for (;;) {
-      while (reads_left && !worker->free_slots.empty() && !pass->failed.load(std::memory_order_relaxed)) {
-        const int64_t run = pass->next_read.fetch_add(1, std::memory_order_relaxed);
-        if (run >= read_count) {
-          reads_left = false;
-          break;
-        }
-        const int slot = worker->free_slots.back();
-        worker->free_slots.pop_back();
-        const auto s = static_cast<size_t>(slot);
-        worker->slot_run[s] = run;
-        worker->segments[s] = {worker->staging + pass->slot_bytes * slot,
-                               static_cast<size_t>(plan.reads[static_cast<size_t>(run)].bytes)};
-        IoRequest request;
-        request.file_offset = plan.reads[static_cast<size_t>(run)].file_offset;
-        request.segments = &worker->segments[s];
-        request.segment_count = 1;
-        request.tag = static_cast<uint64_t>(slot);
-        worker->queue->submit(request);
-      }
+      if (worker != nullptr) worker->fill(pass);
       const bool in_flight = worker != nullptr && worker->queue->in_flight() > 0;
-      if (pass->failed.load(std::memory_order_relaxed) && !in_flight) break;
       // Pages in memory fill the time in which the drive works; wait only when there are none left.
-      const int64_t memory_use = pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
-      const bool has_memory_work = memory_use < memory_count && !pass->failed.load(std::memory_order_relaxed);
-      if (has_memory_work) {
-        for (int64_t i = memory_use; i < std::min(memory_use + kPagesPerClaim, memory_count); ++i) {
-          const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
-          pass->consumer->consume(number, use, use.page->memory);
-        }
+      const int64_t memory_use =
+          pass->failed ? memory_count : pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
+      const bool has_memory_work = memory_use < memory_count;
+      for (int64_t i = memory_use; i < std::min(memory_use + kPagesPerClaim, memory_count); ++i) {
+        const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
+        pass->consumer->consume(number, use, use.page->memory);
       }
-      if (in_flight) {
-        worker->completions.clear();
-        const int64_t wait_start_ns = now_ns();
-        worker->queue->reap(!has_memory_work, &worker->completions);
-        wait_ns += now_ns() - wait_start_ns;
-        for (const IoCompletion& completion : worker->completions) {
-          const ReadRun& run = plan.reads[static_cast<size_t>(worker->slot_run[completion.tag])];
-          if (completion.error != 0) {
-            std::lock_guard<std::mutex> lock(pass->mutex);
-            if (pass->error == 0) {
-              pass->error = completion.error;
-              pass->error_offset = run.file_offset;
-            }
-            pass->failed = true;
-          }
-          if (!pass->failed.load(std::memory_order_relaxed)) {
-            const uint8_t* bytes = worker->staging + pass->slot_bytes * static_cast<int64_t>(completion.tag);
-            for (int64_t i = run.use_begin; i < run.use_end; ++i) {
-              const PageUse& use = plan.drive_uses[static_cast<size_t>(i)];
-              pass->consumer->consume(number, use, bytes + (use.page->file_offset - run.file_offset));
-            }
-          }
-          worker->free_slots.push_back(static_cast<int>(completion.tag));
-        }
-      } else if (!has_memory_work && !reads_left) {
+      if (!in_flight) {
+        if (has_memory_work) continue;
         break;
+      }
+      worker->completions.clear();
+      const int64_t wait_start_ns = now_ns();
+      worker->queue->reap(!has_memory_work, &worker->completions);
+      wait_ns += now_ns() - wait_start_ns;
+      for (const IoCompletion& completion : worker->completions) {
+        const ReadRun& run = plan.reads[static_cast<size_t>(worker->slot_run[completion.tag])];
+        if (completion.error != 0) pass->fail(completion.error, run.file_offset);
+        if (!pass->failed) {
+          const uint8_t* bytes = worker->staging + pass->slot_bytes * static_cast<int64_t>(completion.tag);
+          for (int64_t i = run.use_begin; i < run.use_end; ++i) {
+            const PageUse& use = plan.drive_uses[static_cast<size_t>(i)];
+            pass->consumer->consume(number, use, bytes + (use.page->file_offset - run.file_offset));
+          }
+        }
+        worker->free_slots.push_back(static_cast<int>(completion.tag));
+        worker->fill(pass);  // before computing on the next: the drive must not wait for arithmetic
       }
     }
   } catch (...) {

@@ -1,21 +1,18 @@
 #include "store/arena.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 
-#include "base/error.h"
-#include "base/types.h"
+#include "base/mapped_memory.h"
 
 namespace csd {
 namespace {
 
-constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+constexpr int64_t kChunkBytesMax = int64_t{2} << 20;  // one huge page
 constexpr int64_t kChunkBytesMin = int64_t{64} << 10;
 
 // Small budgets get small chunks: with a handful of page sizes, 2 MiB chunks would strand most of an 8 MiB budget.
 int64_t choose_chunk_bytes(int64_t limit_bytes) {
-  int64_t bytes = kHugePageBytes;
+  int64_t bytes = kChunkBytesMax;
   while (bytes > kChunkBytesMin && bytes * 32 > limit_bytes) bytes /= 2;
   return bytes;
 }
@@ -25,7 +22,7 @@ int64_t choose_chunk_bytes(int64_t limit_bytes) {
 Arena::Arena(int64_t limit_bytes) : limit_bytes_(limit_bytes), chunk_bytes_(choose_chunk_bytes(limit_bytes)) {}
 
 Arena::~Arena() {
-  for (auto& [base, chunk] : chunks_) munmap(base, static_cast<size_t>(chunk.bytes));
+  for (auto& [base, chunk] : chunks_) unmap_memory(base, chunk.bytes);
   unmap_empty_chunks();
 }
 
@@ -42,7 +39,8 @@ uint8_t* Arena::allocate(int64_t page_bytes) {
       if (!shares_chunk) bytes = page_bytes;
       if (mapped_bytes_ + bytes > limit_bytes_) unmap_empty_chunks();
       if (mapped_bytes_ + bytes > limit_bytes_) return nullptr;
-      base = map_chunk(bytes);
+      base = map_memory(bytes, "KV pages");
+      mapped_bytes_ += bytes;
     }
     Chunk& chunk = chunks_[base];
     chunk.bytes = bytes;
@@ -74,34 +72,15 @@ void Arena::release(uint8_t* page) {
   if (chunk.bytes == chunk_bytes_) {
     empty_chunks_.push_back(base);
   } else {
-    munmap(base, static_cast<size_t>(chunk.bytes));
+    unmap_memory(base, chunk.bytes);
     mapped_bytes_ -= chunk.bytes;
   }
   chunks_.erase(found);
 }
 
-uint8_t* Arena::map_chunk(int64_t bytes) {
-  // Over-map and cut, so that a chunk starts on a huge page.
-  const int64_t alignment = bytes % kHugePageBytes == 0 ? kHugePageBytes : kBlockBytes;
-  const size_t span = static_cast<size_t>(bytes + alignment);
-  void* mapped = mmap(nullptr, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) {
-    throw Error(ErrorKind::kBudget, "mmap of " + std::to_string(bytes) +
-                                        " bytes for KV pages failed; lower memory_budget or raise the process limit");
-  }
-  const auto start = reinterpret_cast<uintptr_t>(mapped);
-  const auto aligned = static_cast<uintptr_t>(round_up(static_cast<int64_t>(start), alignment));
-  if (aligned > start) munmap(mapped, aligned - start);
-  const uintptr_t end = aligned + static_cast<uintptr_t>(bytes);
-  if (start + span > end) munmap(reinterpret_cast<void*>(end), start + span - end);
-  if (alignment == kHugePageBytes) madvise(reinterpret_cast<void*>(aligned), static_cast<size_t>(bytes), MADV_HUGEPAGE);
-  mapped_bytes_ += bytes;
-  return reinterpret_cast<uint8_t*>(aligned);
-}
-
 void Arena::unmap_empty_chunks() {
   for (uint8_t* base : empty_chunks_) {
-    munmap(base, static_cast<size_t>(chunk_bytes_));
+    unmap_memory(base, chunk_bytes_);
     mapped_bytes_ -= chunk_bytes_;
   }
   empty_chunks_.clear();

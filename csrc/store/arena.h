@@ -33,7 +33,6 @@ class Arena {
     std::vector<uint32_t> free_slots;
   };
 
-  uint8_t* map_chunk(int64_t bytes);
   void unmap_empty_chunks();
 
   const int64_t limit_bytes_;
