@@ -44,7 +44,10 @@ def bench_cold(report: Report, arguments: argparse.Namespace, tokens: int) -> No
     ) as store:
         fill(store, tokens)
         if not store.stats()["direct_io"]:
-            print(f"{store.stats()['io_reason']}: reads go through the page cache, so there is no cold row", file=sys.stderr)
+            print(
+                f"{store.stats()['io_reason']}: reads go through the page cache, so there is no cold row",
+                file=sys.stderr,
+            )
             return
         rates, fio_rates, huge_rates = [], [], []
         with DriveRoof(store.directory, tokens * TOKEN_BYTES) as roof:

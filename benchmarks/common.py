@@ -64,7 +64,8 @@ def machine() -> str:
     with open("/proc/meminfo") as file:
         memory_gib = int(file.readline().split()[1]) / 2**20
     date = time.strftime("%Y-%m-%d")
-    return f"{date}, {names[0] if names else model}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, torch {torch.__version__}"
+    processor = names[0] if names else model
+    return f"{date}, {processor}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, torch {torch.__version__}"
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -1,9 +1,11 @@
-// Op schemas, and the only file that includes torch: tensors in, raw pointers on, to a Drive. Stable ABI only.
+// Op schemas, and the only file that includes torch: tensors in, raw pointers on, to a Drive. Stable ABI
+// only.
 //
-// A handle is an int64 tensor {drive, layer, epoch}: graphs can carry it without being tied to one store. The numbers
-// are the caller's (ops.py counts them): ops that open or create take the handle under which the thing will be known.
-// layer is -1 in a drive's own handle; epoch is -1 for "as the layer is now", else the state that a StorageTensor stands
-// for. Ops that change a store take the handle as Tensor(a!), so that graphs keep their order.
+// A handle is an int64 tensor {drive, layer, epoch}: graphs can carry it without being tied to one store. The
+// numbers are the caller's (ops.py counts them): ops that open or create take the handle under which the
+// thing will be known. layer is -1 in a drive's own handle; epoch is -1 for "as the layer is now", else the
+// state that a StorageTensor stands for. Ops that change a store take the handle as Tensor(a!), so that
+// graphs keep their order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +31,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kHandleSize = 3;
 
-// ---- handles ----------------------------------------------------------------------------------------------------
+// ---- handles
+// ----------------------------------------------------------------------------------------------------
 
 std::mutex registry_mutex;
 
@@ -64,7 +67,8 @@ Handle open_handle(const Tensor& handle) {
   return {found->second, values[1], values[2]};
 }
 
-// ---- tensors ----------------------------------------------------------------------------------------------------
+// ---- tensors
+// ----------------------------------------------------------------------------------------------------
 
 DType to_dtype(ScalarType type, const char* what) {
   switch (type) {
@@ -87,8 +91,9 @@ void check_rank4(const Tensor& tensor, const char* what, const char* shape) {
 }
 
 Tensor dense_last(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) <= 1 ? tensor
-                                                                                  : torch::stable::contiguous(tensor);
+  return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) <= 1
+             ? tensor
+             : torch::stable::contiguous(tensor);
 }
 
 QueryView query_view(const Tensor& q) {
@@ -124,8 +129,8 @@ void check_width(int64_t width, int64_t wanted, const char* what) {
 // Per-head float32 values: sinks, ALiBi slopes.
 const float* head_values(const std::optional<Tensor>& tensor, int64_t num_heads, const char* what) {
   if (!tensor.has_value()) return nullptr;
-  if (tensor->scalar_type() != ScalarType::Float || tensor->numel() != num_heads || !tensor->is_contiguous() ||
-      !tensor->is_cpu()) {
+  if (tensor->scalar_type() != ScalarType::Float || tensor->numel() != num_heads ||
+      !tensor->is_contiguous() || !tensor->is_cpu()) {
     fail(std::string(what) + " must be a contiguous float32 CPU tensor of " + text(num_heads) +
          " elements (one per query head), got " + text(tensor->numel()));
   }
@@ -157,8 +162,8 @@ MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num
   for (int64_t i = 0; i < 4; ++i) {
     const int64_t size = mask->size(i);
     if (size != wanted[i] && size != 1) {
-      fail("mask must be broadcastable to [" + text(batch) + ", " + text(num_heads) + ", " + text(q_len) + ", " +
-           text(kv_len) + "], got size " + text(size) + " in dimension " + text(i));
+      fail("mask must be broadcastable to [" + text(batch) + ", " + text(num_heads) + ", " + text(q_len) +
+           ", " + text(kv_len) + "], got size " + text(size) + " in dimension " + text(i));
     }
     view.strides[i] = size == 1 ? 0 : mask->stride(i);
   }
@@ -166,7 +171,8 @@ MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num
   return view;
 }
 
-// ---- stores -----------------------------------------------------------------------------------------------------
+// ---- stores
+// -----------------------------------------------------------------------------------------------------
 
 void close(const Tensor& drive) {
   std::shared_ptr<Drive> closing;  // its destructor waits for I/O: outside of the lock
@@ -177,8 +183,8 @@ void close(const Tensor& drive) {
   registry().erase(found);
 }
 
-void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd, int64_t memory_budget,
-          int64_t threads, int64_t queue_depth, bool resident) {
+void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
+          int64_t memory_budget, int64_t threads, int64_t queue_depth, bool resident) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -198,8 +204,8 @@ void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k
   if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
   for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
     if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
-      fail("head_dim must be a multiple of " + text(kHeadDimMultiple) + " from " + text(kHeadDimMultiple) + " to " +
-           text(kHeadDimMax) + ", got " + text(head_dim) + "; pad the heads");
+      fail("head_dim must be a multiple of " + text(kHeadDimMultiple) + " from " + text(kHeadDimMultiple) +
+           " to " + text(kHeadDimMax) + ", got " + text(head_dim) + "; pad the heads");
     }
   }
   Geometry geometry;
@@ -232,7 +238,8 @@ Tensor layer_info(const Tensor& handle) {
   return result;
 }
 
-void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any, std::optional<std::vector<int64_t>> lengths) {
+void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
+            std::optional<std::vector<int64_t>> lengths) {
   const Handle target = open_handle(handle);
   check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
   check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
@@ -243,7 +250,8 @@ void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any, std:
   }
   check_width(k_any.size(3), geometry.head_dim_k, "k's head_dim");
   check_width(v_any.size(3), geometry.head_dim_v, "v's head_dim");
-  if (k_any.size(0) != v_any.size(0) || k_any.size(2) != v_any.size(2) || k_any.scalar_type() != v_any.scalar_type()) {
+  if (k_any.size(0) != v_any.size(0) || k_any.size(2) != v_any.size(2) ||
+      k_any.scalar_type() != v_any.scalar_type()) {
     fail("k and v must agree in batch, tokens and dtype, got batch " + text(k_any.size(0)) + " and " +
          text(v_any.size(0)) + ", tokens " + text(k_any.size(2)) + " and " + text(v_any.size(2)));
   }
@@ -293,12 +301,13 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
 
 void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
 
-// ---- computing --------------------------------------------------------------------------------------------------
+// ---- computing
+// --------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask,
-                                  std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, double scale,
-                                  int64_t causal, int64_t window, double softcap, int64_t row_begin, int64_t kv_begin,
-                                  int64_t kv_end, int64_t head_dim_v) {
+                                  std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                                  double scale, int64_t causal, int64_t window, double softcap,
+                                  int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
   const LayerInfo info = source.drive->info(source.layer);
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
@@ -333,7 +342,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   return {out, lse};
 }
 
-Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin, int64_t kv_end) {
+Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin,
+              int64_t kv_end) {
   const Handle source = open_handle(handle);
   const Geometry geometry = source.drive->info(source.layer).geometry;
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
@@ -351,8 +361,8 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   return out;
 }
 
-Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin, int64_t kv_begin, int64_t kv_end,
-                    int64_t head_dim_v) {
+Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin, int64_t kv_begin,
+                    int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
   const Geometry geometry = source.drive->info(source.layer).geometry;
   check_rank4(p_any, "p", "[batch, num_heads, q_len, kv_len]");
@@ -389,7 +399,8 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   return out;
 }
 
-// ---- reporting --------------------------------------------------------------------------------------------------
+// ---- reporting
+// --------------------------------------------------------------------------------------------------
 
 // Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
 Tensor text_tensor(const std::string& value) {
@@ -419,7 +430,8 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "int queue_depth, bool resident) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
-      "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType kv_dtype) -> ()");
+      "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType "
+      "kv_dtype) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
@@ -429,15 +441,18 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
   m.def("flush(Tensor(a!) drive) -> ()");
   m.def(
-      "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int causal, "
+      "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int "
+      "causal, "
       "int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
       "-> (Tensor, Tensor)");
   m.def("scores(Tensor handle, Tensor q, SymInt row_begin, SymInt kv_begin, SymInt kv_end) -> Tensor");
   m.def(
-      "weighted_sum(Tensor handle, Tensor p, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
+      "weighted_sum(Tensor handle, Tensor p, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt "
+      "head_dim_v) "
       "-> Tensor");
   m.def(
-      "read(Tensor handle, bool values, ScalarType dtype, SymInt row_begin, SymInt row_count, SymInt kv_begin, "
+      "read(Tensor handle, bool values, ScalarType dtype, SymInt row_begin, SymInt row_count, SymInt "
+      "kv_begin, "
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
   m.def("stats(Tensor drive) -> Tensor");
   m.def("probe(str directory, str io_engine) -> Tensor");

@@ -11,7 +11,10 @@ import torch
 from torch_csd import KVStore, StoreError, ops
 
 hypothesis.settings.register_profile(
-    "default", deadline=None, max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    "default",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("default")
 

@@ -46,7 +46,16 @@ def shapes(draw):
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(shape=shapes(), resident=st.booleans(), seed=st.integers(0, 2**16))
 @example(
-    shape=dict(batch=1, num_kv_heads=1, group=16, head_dim_k=576, head_dim_v=512, kv_len=129, q_len=2, splits=(64, 128)),
+    shape=dict(
+        batch=1,
+        num_kv_heads=1,
+        group=16,
+        head_dim_k=576,
+        head_dim_v=512,
+        kv_len=129,
+        q_len=2,
+        splits=(64, 128),
+    ),
     resident=False,
     seed=0,
 )
@@ -58,9 +67,17 @@ def shapes(draw):
 def test_attention_over_stored_tokens_is_exact(make_store, simd, dtype, shape, resident, seed):
     dtype = DTYPES[dtype]
     k, v = random_kv(
-        shape["batch"], shape["num_kv_heads"], shape["kv_len"], shape["head_dim_k"], shape["head_dim_v"], dtype, seed
+        shape["batch"],
+        shape["num_kv_heads"],
+        shape["kv_len"],
+        shape["head_dim_k"],
+        shape["head_dim_v"],
+        dtype,
+        seed,
     )
-    q = torch.randn(shape["batch"], shape["num_kv_heads"] * shape["group"], shape["q_len"], shape["head_dim_k"]).to(dtype)
+    q = torch.randn(shape["batch"], shape["num_kv_heads"] * shape["group"], shape["q_len"], shape["head_dim_k"]).to(
+        dtype
+    )
     with make_store(simd=simd, resident=resident, memory_budget="8MiB") as store:
         assert_equal(*attend_both(store, k, v, q, splits=shape["splits"], causal=True))
 

@@ -60,7 +60,9 @@ print(json.dumps({"growth": peak - before, "stats": stats}))
 
 def grow(directory, **settings):
     settings["directory"] = str(directory)
-    run = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(settings)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)], capture_output=True, text=True, check=True
+    )
     return json.loads(run.stdout)
 
 

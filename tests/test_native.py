@@ -14,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 def has_liburing() -> bool:
     probe = ["g++", "-x", "c++", "-", "-luring", "-o", "/dev/null"]
-    return subprocess.run(probe, input="#include <liburing.h>\nint main() {}", text=True, capture_output=True).returncode == 0
+    return (
+        subprocess.run(probe, input="#include <liburing.h>\nint main() {}", text=True, capture_output=True).returncode
+        == 0
+    )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
@@ -23,7 +26,11 @@ def test_io_engines_survive_short_transfers_and_refusals(tmp_path, liburing):
     if liburing and not has_liburing():
         pytest.skip("liburing's headers are not installed")
     program = tmp_path / "test_io"
-    sources = ["tests/native/test_io.cpp", "csrc/base/error.cpp", *sorted(glob.glob("csrc/io/*.cpp", root_dir=ROOT))]
+    sources = [
+        "tests/native/test_io.cpp",
+        "csrc/base/error.cpp",
+        *sorted(glob.glob("csrc/io/*.cpp", root_dir=ROOT)),
+    ]
     flags = ["-DCSD_HAVE_LIBURING", "-luring", "-ldl"] if liburing else []
     build = ["g++", "-std=c++17", "-O1", "-Icsrc", *sources, *flags, "-pthread", "-o", str(program)]
     subprocess.run(build, cwd=ROOT, check=True)

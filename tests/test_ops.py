@@ -57,8 +57,8 @@ def test_every_op_is_listed_here(stored, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append", "truncate",
-        "trim", "reorder", "flush", "attend", "scores", "weighted_sum", "read", "stats", "close",
+        "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append",
+        "truncate", "trim", "reorder", "flush", "attend", "scores", "weighted_sum", "read", "stats", "close",
     ],
 )  # fmt: skip
 def test_opcheck(stored, tmp_path, name):

@@ -20,7 +20,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
-from torch_csd import KVStore, MemoryBudgetError, StaleTensorError, StorageTensor, StoreClosedError, StoreError, reference
+from torch_csd import (
+    KVStore,
+    MemoryBudgetError,
+    StaleTensorError,
+    StorageTensor,
+    StoreClosedError,
+    StoreError,
+    reference,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,7 +47,11 @@ def test_what_was_appended_is_read_back_bit_for_bit(make_store, dtype, io_engine
 def test_tokens_may_come_in_any_memory_layout(make_store):
     k, v = random_kv(2, 3, 130, 16)
     store = make_store()
-    store.append(0, k.transpose(1, 2).contiguous().transpose(1, 2), v.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0))
+    store.append(
+        0,
+        k.transpose(1, 2).contiguous().transpose(1, 2),
+        v.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    )
     read_k, read_v = store.read(0)
     assert torch.equal(read_k, k) and torch.equal(read_v, v)
 
@@ -186,14 +198,14 @@ def test_a_tail_that_does_not_fit_the_budget_goes_to_the_drive_and_comes_back(ma
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: (torch.zeros(2, 3, 5, 16), torch.zeros(2, 3, 5)), "v must be \\[batch, num_kv_heads, tokens, head_dim\\]"),
+        (lambda: (torch.zeros(2, 3, 5, 16), torch.zeros(2, 3, 5)), "v must be \\[batch, num_kv_heads, tokens"),
         (lambda: (torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 24)), "num_kv_heads must be 3"),
         (lambda: (torch.zeros(2, 3, 5, 24), torch.zeros(2, 3, 5, 24)), "head_dim must be 16"),
         (lambda: (torch.zeros(2, 3, 5, 16), torch.zeros(2, 3, 4, 24)), "agree in batch, tokens"),
         (lambda: (torch.zeros(1, 3, 5, 16), torch.zeros(1, 3, 5, 24)), "holds 2 rows, got a batch of 1"),
-        (lambda: (torch.zeros(2, 3, 5, 16).half(), torch.zeros(2, 3, 5, 24).half()), "takes torch.float32 on cpu, got torch.float16"),
+        (lambda: (torch.zeros(2, 3, 5, 16).half(), torch.zeros(2, 3, 5, 24).half()), "takes .*float32.*float16"),
         (lambda: (torch.zeros(2, 3, 5, 16), torch.zeros(2, 3, 5, 24).half()), "agree in dtype"),
-        (lambda: (torch.zeros(2, 3, 5, 16, device="meta"), torch.zeros(2, 3, 5, 24, device="meta")), "on cpu, got .* on meta"),
+        (lambda: (torch.zeros(2, 3, 5, 16).to("meta"), torch.zeros(2, 3, 5, 24).to("meta")), "on cpu, got .* on meta"),
     ],
 )  # fmt: skip
 def test_an_append_that_does_not_fit_says_why_and_loses_nothing(make_store, make, text):
@@ -228,8 +240,16 @@ def test_a_dtype_that_cannot_be_stored_is_refused(make_store, dtype):
         (torch.zeros(2, 3, 1, 16), {}, "multiple of the layer's 2 kv heads, got 3"),
         (torch.zeros(2, 4, 1, 24), {}, "q's head_dim must be 16"),
         (torch.zeros(3, 4, 1, 16), {}, "wanted rows \\[0, 3\\), the layer holds 2"),
-        (torch.zeros(2, 4, 1, 16), {"mask": torch.zeros(2, 1, 1, 99, dtype=torch.bool)}, "mask must be broadcastable"),
-        (torch.zeros(2, 4, 1, 16), {"mask": torch.zeros(2, 1, 1, 100, dtype=torch.int64)}, "mask must be bool"),
+        (
+            torch.zeros(2, 4, 1, 16),
+            {"mask": torch.zeros(2, 1, 1, 99, dtype=torch.bool)},
+            "mask must be broadcastable",
+        ),
+        (
+            torch.zeros(2, 4, 1, 16),
+            {"mask": torch.zeros(2, 1, 1, 100, dtype=torch.int64)},
+            "mask must be bool",
+        ),
         (torch.zeros(2, 4, 1, 16), {"sinks": torch.zeros(3)}, "sinks must be .* 4 elements"),
         (torch.zeros(2, 4, 1, 16), {"window": 0}, "window must be at least 1"),
         (torch.zeros(2, 4, 1, 16), {"causal": "left"}, "causal must be"),

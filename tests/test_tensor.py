@@ -32,7 +32,11 @@ def query(q_len: int = 1, heads: int = KV_HEADS * GROUP) -> torch.Tensor:
 
 def repeat_kv(x: torch.Tensor, group: int) -> torch.Tensor:
     batch, heads, tokens, head_dim = x.shape
-    return x[:, :, None, :, :].expand(batch, heads, group, tokens, head_dim).reshape(batch, heads * group, tokens, head_dim)
+    return (
+        x[:, :, None, :, :]
+        .expand(batch, heads, group, tokens, head_dim)
+        .reshape(batch, heads * group, tokens, head_dim)
+    )
 
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -59,7 +63,8 @@ def test_sdpa_is_causal_has_torchs_upper_left_alignment(stored, q_len):
     _, k, v, K, V = stored
     q = query(q_len, KV_HEADS)
     assert_close(
-        F.scaled_dot_product_attention(q, K, V, is_causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        F.scaled_dot_product_attention(q, K, V, is_causal=True),
+        F.scaled_dot_product_attention(q, k, v, is_causal=True),
     )
 
 
@@ -108,7 +113,10 @@ def test_sdpa_on_a_slice_of_rows_and_tokens(stored):
     _, k, v, K, V = stored
     q = query(3, KV_HEADS)[1:]
     part = (slice(1, None), slice(None), slice(30, 170))
-    assert_close(F.scaled_dot_product_attention(q, K[part], V[part]), F.scaled_dot_product_attention(q, k[part], v[part]))
+    assert_close(
+        F.scaled_dot_product_attention(q, K[part], V[part]),
+        F.scaled_dot_product_attention(q, k[part], v[part]),
+    )
 
 
 def test_sdpa_keywords_and_module_path_are_all_caught(stored):
@@ -121,20 +129,23 @@ def test_sdpa_keywords_and_module_path_are_all_caught(stored):
         assert_close(F.scaled_dot_product_attention(q, K, V), expected)
 
 
+sdpa = F.scaled_dot_product_attention
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda q, K, V: F.scaled_dot_product_attention(q, K, V, dropout_p=0.5), NotImplementedError, "dropout_p must be 0"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q, K, V), ValueError, "enable_gqa=True"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q, K, V.to_dense(), enable_gqa=True), NotImplementedError, "ordinary"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q, V, K, enable_gqa=True), ValueError, "same tokens of one layer"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q, K[:, :, 1:], V, enable_gqa=True), ValueError, "same tokens"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q[:1], K, V, enable_gqa=True), ValueError, "2 stored rows"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q.half(), K, V, enable_gqa=True), ValueError, "like the stored"),
-        (lambda q, K, V: F.scaled_dot_product_attention(q[..., :16], K, V, enable_gqa=True), ValueError, "head_dim must be 32"),
-        (lambda q, K, V: F.scaled_dot_product_attention(K, K, V), NotImplementedError, "stored query"),
+        (lambda q, K, V: sdpa(q, K, V, dropout_p=0.5), NotImplementedError, "dropout_p must be 0"),
+        (lambda q, K, V: sdpa(q, K, V), ValueError, "enable_gqa=True"),
+        (lambda q, K, V: sdpa(q, K, V.to_dense(), enable_gqa=True), NotImplementedError, "ordinary"),
+        (lambda q, K, V: sdpa(q, V, K, enable_gqa=True), ValueError, "same tokens of one layer"),
+        (lambda q, K, V: sdpa(q, K[:, :, 1:], V, enable_gqa=True), ValueError, "same tokens"),
+        (lambda q, K, V: sdpa(q[:1], K, V, enable_gqa=True), ValueError, "2 stored rows"),
+        (lambda q, K, V: sdpa(q.half(), K, V, enable_gqa=True), ValueError, "like the stored"),
+        (lambda q, K, V: sdpa(q[..., :16], K, V, enable_gqa=True), ValueError, "head_dim must be 32"),
+        (lambda q, K, V: sdpa(K, K, V), NotImplementedError, "stored query"),
         (
-            lambda q, K, V: F.scaled_dot_product_attention(
+            lambda q, K, V: sdpa(
                 q, K, V, attn_mask=torch.ones(1, TOKENS, dtype=torch.bool), is_causal=True, enable_gqa=True
             ),
             ValueError,
@@ -173,7 +184,10 @@ def test_the_two_products_of_an_eager_attention_stream(stored, q_len):
     assert_close(torch.matmul(p, V_all), p @ repeat_kv(v, GROUP))
     assert_close(p @ V_all, p @ repeat_kv(v, GROUP))
     after = store.stats()
-    assert after["drive_read_bytes"] + after["resident_read_bytes"] > before["drive_read_bytes"] + before["resident_read_bytes"]
+    assert (
+        after["drive_read_bytes"] + after["resident_read_bytes"]
+        > before["drive_read_bytes"] + before["resident_read_bytes"]
+    )
 
 
 def test_products_over_rows_times_heads(stored):
@@ -306,7 +320,11 @@ def test_a_tensor_is_a_snapshot(stored):
 def test_a_tensor_whose_tokens_are_gone_says_so(stored, change):
     store, _, _, K, V = stored
     change(store)
-    for use in (K.to_dense, lambda: F.scaled_dot_product_attention(query(), K, V, enable_gqa=True), lambda: query(1, 2) @ K.mT):
+    for use in (
+        K.to_dense,
+        lambda: F.scaled_dot_product_attention(query(), K, V, enable_gqa=True),
+        lambda: query(1, 2) @ K.mT,
+    ):
         with pytest.raises(StaleTensorError):
             use()
 
@@ -337,7 +355,8 @@ def test_torch_cat_with_new_tokens_is_an_append(stored):
     assert torch.equal(K.to_dense(), k) and torch.equal(V.to_dense(), v)
     q = query(5)
     assert_close(
-        F.scaled_dot_product_attention(q, K, V, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        F.scaled_dot_product_attention(q, K, V, enable_gqa=True),
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     )
 
 

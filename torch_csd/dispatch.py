@@ -1,8 +1,8 @@
 """The table from torch ops to the executor. Computes nothing itself; brings nothing into memory.
 
 Two doors. ``__torch_function__`` (:func:`call_function`) sees an op as it was written, so attention, products and
-``torch.cat`` are caught there before they decompose. ``__torch_dispatch__`` (:func:`call_aten`) sees aten ops: views stay
-lazy, ``bmm`` streams, and whatever is not in the table raises.
+``torch.cat`` are caught there before they decompose. ``__torch_dispatch__`` (:func:`call_aten`) sees aten ops: views
+stay lazy, ``bmm`` streams, and whatever is not in the table raises.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def _scaled_dot_product_attention(
     if isinstance(query, StorageTensor):
         raise NotImplementedError("StorageTensor: a stored query cannot be attended with; use .to_dense() first")
     if dropout_p > 0.0:
-        raise NotImplementedError(f"attention over stored K and V is for inference; dropout_p must be 0, got {dropout_p}")
+        raise NotImplementedError(
+            f"attention over stored K and V is for inference; dropout_p must be 0, got {dropout_p}"
+        )
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other, as in torch; fold one into the other")
     batched = query.dim() == 4
@@ -135,9 +137,7 @@ def _scaled_dot_product_attention(
         raise ValueError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True for grouped heads"
         )
-    out, _ = attention(
-        query, key, value, scale=scale, causal="upper_left" if is_causal else False, mask=attn_mask
-    )
+    out, _ = attention(query, key, value, scale=scale, causal="upper_left" if is_causal else False, mask=attn_mask)
     return out if batched else out.squeeze(0)
 
 
@@ -160,9 +160,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 @_function(torch.baddbmm, torch.Tensor.baddbmm)
-def _baddbmm(
-    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1.0, alpha: float = 1.0
-) -> Tensor:
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     product = _matmul(batch1, batch2) * alpha
     return product if beta == 0 else product + input * beta
 
@@ -192,7 +190,9 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> StorageTensor:
     new = rest[0]
     view = past._view
     if view.axes != ((ROW,), (HEAD,), (TOKEN,), (CHANNEL,)) or dim not in (2, -2):
-        raise NotImplementedError("StorageTensor: torch.cat appends along dim -2 of [batch, num_kv_heads, kv_len, head_dim]")
+        raise NotImplementedError(
+            "StorageTensor: torch.cat appends along dim -2 of [batch, num_kv_heads, kv_len, head_dim]"
+        )
     _, _, lengths = ops.layer_info(past._handle)
     if any(length != view.kv_begin + view.kv_count for length in lengths) or len(lengths) != view.row_count:
         raise NotImplementedError(
@@ -318,8 +318,8 @@ def _slice(
         return tensor.with_view(view)
     if step != 1 or len(names) != 1 or names[0] not in (ROW, HEAD, TOKEN):
         raise NotImplementedError(
-            f"StorageTensor: slices of {_names((names,))} with step {step}; rows, kv heads and tokens can be sliced with "
-            f"step 1, use .to_dense() first for the rest"
+            f"StorageTensor: slices of {_names((names,))} with step {step}; rows, kv heads and tokens can be sliced "
+            f"with step 1, use .to_dense() first for the rest"
         )
     return tensor.with_view(_narrow(view, names[0], begin, max(0, stop - begin)))
 
@@ -392,8 +392,8 @@ def _expand(tensor: StorageTensor, sizes: list[int], *, implicit: bool = False) 
             axes[one_head[0]] = (HEAD, REPEAT)
             return tensor.with_view(view.replace(repeat=sizes[one_head[0]], axes=tuple(axes)))
     raise NotImplementedError(
-        f"StorageTensor: expand of {list(view.shape())} ({_names(view.axes)}) to {list(sizes)}; kv heads can be repeated "
-        f"(repeat_kv), use .to_dense() first for the rest"
+        f"StorageTensor: expand of {list(view.shape())} ({_names(view.axes)}) to {list(sizes)}; kv heads can be "
+        f"repeated (repeat_kv), use .to_dense() first for the rest"
     )
 
 

@@ -166,9 +166,7 @@ def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: 
     return _call(_ops.scores, handle, q, row_begin, kv_begin, kv_end)
 
 
-def weighted_sum(
-    handle: Tensor, p: Tensor, *, row_begin: int, kv_begin: int, kv_end: int, head_dim_v: int
-) -> Tensor:
+def weighted_sum(handle: Tensor, p: Tensor, *, row_begin: int, kv_begin: int, kv_end: int, head_dim_v: int) -> Tensor:
     """``p @ V``: ``[batch, num_heads, q_len, head_dim_v]`` in p's dtype."""
     return _call(_ops.weighted_sum, handle, p, row_begin, kv_begin, kv_end, head_dim_v)
 
@@ -185,10 +183,8 @@ def read(
     num_kv_heads: int,
     head_dim: int,
 ) -> Tensor:
-    """Stored K (or, with ``values``, V), dense on the CPU: ``[row_count, num_kv_heads, kv_end - kv_begin, head_dim]``."""
-    return _call(
-        _ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim
-    )
+    """Stored K, or with ``values`` V: ``[row_count, num_kv_heads, kv_end - kv_begin, head_dim]``, dense, on the CPU."""
+    return _call(_ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim)
 
 
 # ---- reporting --------------------------------------------------------------------------------------------------
@@ -203,9 +199,9 @@ def stats(drive: Tensor) -> dict[str, int | float | str | bool]:
 
 
 def probe(directory: str, io_engine: str) -> dict[str, str | bool | list[str]]:
-    file_system, device, engine, direct_io, reason, *verdicts = _text(
-        _call(_ops.probe, directory, io_engine)
-    ).split("\n")
+    file_system, device, engine, direct_io, reason, *verdicts = _text(_call(_ops.probe, directory, io_engine)).split(
+        "\n"
+    )
     return {
         "file_system": file_system,
         "device": device,

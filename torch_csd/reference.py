@@ -22,8 +22,9 @@ def attention(
     """Exact attention in float64, and the log of its softmax denominator.
 
     Args:
-        q: ``[batch, num_heads, q_len, head_dim_k]``; k: ``[batch, num_kv_heads, kv_len, head_dim_k]``;
-        v: ``[batch, num_kv_heads, kv_len, head_dim_v]``. Query head h reads kv head ``h // (num_heads // num_kv_heads)``.
+        q: ``[batch, num_heads, q_len, head_dim_k]``. Query head h reads kv head ``h // (num_heads // num_kv_heads)``.
+        k: ``[batch, num_kv_heads, kv_len, head_dim_k]``.
+        v: ``[batch, num_kv_heads, kv_len, head_dim_v]``.
         scale: multiplies the scores; ``head_dim_k ** -0.5`` if None.
         causal: ``"lower_right"`` (or True): query i stands at position ``kv_len - q_len + i`` and sees keys up to it.
             ``"upper_left"``: at position i, as torch's ``is_causal``.

@@ -152,9 +152,7 @@ class StorageTensor(torch.Tensor):
             if new is not None and tuple(new.shape) != view.shape():
                 raise ValueError(f"new tokens must be {list(view.shape())}, got {list(new.shape)}")
             tensors.append(
-                StorageTensor(
-                    view, pair, dtype=dtype or stored.dtype, device=device or stored.device, new_tokens=new
-                )
+                StorageTensor(view, pair, dtype=dtype or stored.dtype, device=device or stored.device, new_tokens=new)
             )
         return tensors[0], tensors[1]
 
@@ -194,7 +192,9 @@ class StorageTensor(torch.Tensor):
         view = self._view
         part = "V" if view.values else "K"
         tokens = f"tokens [{view.kv_begin}, {view.kv_begin + view.kv_count})"
-        return f"StorageTensor({part}, shape={list(view.shape())}, {tokens}, dtype={self.dtype}, device='{self.device}')"
+        return (
+            f"StorageTensor({part}, shape={list(view.shape())}, {tokens}, dtype={self.dtype}, device='{self.device}')"
+        )
 
     def __reduce_ex__(self, protocol: int) -> tuple[object, ...]:
         raise TypeError("a StorageTensor cannot be pickled: its elements are on a drive; use .to_dense() first")
@@ -233,6 +233,4 @@ class StorageTensor(torch.Tensor):
         view, loose, dtype, device = context
         names = {"row_count": ROW, "kv_count": TOKEN}
         sizes = {field: outer_size[view.axes.index((names[field],))] for field in loose}
-        return StorageTensor(
-            view.replace(**sizes), Pair(inner_tensors["_handle"]), dtype=dtype, device=device
-        )
+        return StorageTensor(view.replace(**sizes), Pair(inner_tensors["_handle"]), dtype=dtype, device=device)

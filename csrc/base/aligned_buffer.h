@@ -1,4 +1,5 @@
-// Uninitialised scratch memory that grows and is reused. 64-byte aligned: one cache line, one AVX-512 register.
+// Uninitialised scratch memory that grows and is reused. 64-byte aligned: one cache line, one AVX-512
+// register.
 #pragma once
 
 #include <cstdint>

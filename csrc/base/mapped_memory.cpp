@@ -23,16 +23,19 @@ uint8_t* map_memory(int64_t bytes, const char* what) {
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) {
     throw Error(ErrorKind::kBudget, "mapping " + std::to_string(bytes) + " bytes for " + what + ": " +
-                                        std::strerror(errno) + "; lower memory_budget or raise the process's limit");
+                                        std::strerror(errno) +
+                                        "; lower memory_budget or raise the process's limit");
   }
   auto* start = static_cast<uint8_t*>(mapped);
   if (!huge) return start;
   const auto address = reinterpret_cast<uintptr_t>(start);
-  uint8_t* aligned = start + (round_up(static_cast<int64_t>(address), kHugePageBytes) - static_cast<int64_t>(address));
+  uint8_t* aligned =
+      start + (round_up(static_cast<int64_t>(address), kHugePageBytes) - static_cast<int64_t>(address));
   if (aligned > start) munmap(start, static_cast<size_t>(aligned - start));
   const int64_t tail = start + bytes + spare - (aligned + bytes);
   if (tail > 0) munmap(aligned + bytes, static_cast<size_t>(tail));
-  madvise(aligned, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // best effort: kernels without it serve 4 KiB pages
+  madvise(aligned, static_cast<size_t>(bytes),
+          MADV_HUGEPAGE);  // best effort: kernels without it serve 4 KiB pages
   return aligned;
 }
 

@@ -1,4 +1,5 @@
-// A fixed set of worker threads for one drive. run() uses the calling thread too, so a pool of one never switches.
+// A fixed set of worker threads for one drive. run() uses the calling thread too, so a pool of one never
+// switches.
 #pragma once
 
 #include <condition_variable>
@@ -18,8 +19,8 @@ class ThreadPool {
 
   int worker_count() const { return worker_count_; }
 
-  // Runs task(0) .. task(count - 1), each on its own thread, and returns when all are done. count <= worker_count().
-  // The first exception is rethrown here. One run at a time.
+  // Runs task(0) .. task(count - 1), each on its own thread, and returns when all are done. count <=
+  // worker_count(). The first exception is rethrown here. One run at a time.
   void run(int count, const std::function<void(int)>& task);
 
  private:

@@ -14,8 +14,8 @@ namespace {
 // Queries whose scores against one tile are held at once: 8 KiB, well inside L1 next to the tile.
 constexpr int64_t kQueryBlock = 32;
 
-// Rows and queries that go over the pages together. A query m of a kv head is (i, g): query i of the block, head g of
-// the group, m = i * group + g, so that neighbours have the same causal bound.
+// Rows and queries that go over the pages together. A query m of a kv head is (i, g): query i of the block,
+// head g of the group, m = i * group + g, so that neighbours have the same causal bound.
 struct Block {
   int64_t row_begin = 0;  // relative to Span::row_begin
   int64_t row_count = 0;
@@ -31,10 +31,11 @@ struct Heads {
   int64_t group;
 };
 
-// Splits [rows] x [queries] so that bytes_per_query * rows * queries fits the scratch memory; halves queries first,
-// because every row's pages are read again for each block of queries.
+// Splits [rows] x [queries] so that bytes_per_query * rows * queries fits the scratch memory; halves queries
+// first, because every row's pages are read again for each block of queries.
 template <typename Run>
-void for_each_block(int64_t row_count, int64_t q_len, int64_t bytes_per_query, int64_t bytes_max, const Run& run) {
+void for_each_block(int64_t row_count, int64_t q_len, int64_t bytes_per_query, int64_t bytes_max,
+                    const Run& run) {
   const int64_t fit = std::max<int64_t>(1, bytes_max / std::max<int64_t>(1, bytes_per_query));
   const int64_t rows = std::clamp<int64_t>(fit / q_len, 1, row_count);
   const int64_t queries = std::clamp<int64_t>(fit / rows, 1, q_len);
@@ -58,14 +59,15 @@ void add_uses(const Layer& layer, int64_t row, int64_t begin, int64_t end, std::
 }
 
 // fp32 copy of a block's queries, [rows][num_kv_heads][query_count * group][width], times factor.
-void load_queries(const Kernels& kernels, const QueryView& view, const Heads& heads, const Block& block, int64_t width,
-                  float factor, float* target) {
+void load_queries(const Kernels& kernels, const QueryView& view, const Heads& heads, const Block& block,
+                  int64_t width, float factor, float* target) {
   const auto* base = static_cast<const uint8_t*>(view.data);
   for (int64_t row = 0; row < block.row_count; ++row) {
     for (int64_t h = 0; h < heads.num_kv_heads; ++h) {
       for (int64_t i = 0; i < block.query_count; ++i) {
         for (int64_t g = 0; g < heads.group; ++g) {
-          const int64_t offset = (block.row_begin + row) * view.strides[0] + (h * heads.group + g) * view.strides[1] +
+          const int64_t offset = (block.row_begin + row) * view.strides[0] +
+                                 (h * heads.group + g) * view.strides[1] +
                                  (block.query_begin + i) * view.strides[2];
           kernels.load(view.dtype, base + offset * element_bytes(view.dtype), factor, width, target);
           target += width;
@@ -76,13 +78,15 @@ void load_queries(const Kernels& kernels, const QueryView& view, const Heads& he
 }
 
 // Index of query (i, head) of a row in [row_count, num_heads, q_len].
-int64_t output_index(const Heads& heads, const Block& block, int64_t q_len, int64_t row, int64_t h, int64_t m) {
+int64_t output_index(const Heads& heads, const Block& block, int64_t q_len, int64_t row, int64_t h,
+                     int64_t m) {
   const int64_t head = h * heads.group + m % heads.group;
   const int64_t query = block.query_begin + m / heads.group;
   return ((block.row_begin + row) * heads.num_heads + head) * q_len + query;
 }
 
-// ---- attention --------------------------------------------------------------------------------------------------
+// ---- attention
+// --------------------------------------------------------------------------------------------------
 
 class AttendPass : public PageConsumer {
  public:
@@ -96,8 +100,8 @@ class AttendPass : public PageConsumer {
         queries_per_row_(queries_per_head_ * heads_.num_kv_heads),
         worker_count_(context.stream->worker_limit()) {
     const int64_t query_total = block.row_count * queries_per_row_;
-    auto* memory = static_cast<uint8_t*>(context.scratch->reserve(
-        query_total * bytes_per_query(layer.geometry, worker_count_)));
+    auto* memory = static_cast<uint8_t*>(
+        context.scratch->reserve(query_total * bytes_per_query(layer.geometry, worker_count_)));
     q_ = reinterpret_cast<float*>(memory);
     memory += query_total * layer.geometry.head_dim_k * static_cast<int64_t>(sizeof(float));
     out_ = reinterpret_cast<float*>(memory);
@@ -120,7 +124,8 @@ class AttendPass : public PageConsumer {
       const int64_t first = query_range(row, block_.query_begin).first;
       const int64_t last = query_range(row, block_.query_begin + block_.query_count - 1).second;
       const auto start = uses.size();
-      if (first < last) add_uses(layer_, request_.span.row_begin + block_.row_begin + row, first, last, &uses);
+      if (first < last)
+        add_uses(layer_, request_.span.row_begin + block_.row_begin + row, first, last, &uses);
       if (hides_whole_pages()) {
         uses.erase(std::remove_if(uses.begin() + static_cast<int64_t>(start), uses.end(),
                                   [&](const PageUse& use) { return hidden(row, use.index, first, last); }),
@@ -177,7 +182,8 @@ class AttendPass : public PageConsumer {
           }
           const float weight = std::exp(state.max - top);
           const float total = state.sum * weight + std::exp(sink - top);
-          kernels_.store(request_.q.dtype, merged, weight / total, geometry.head_dim_v, target + index * target_bytes);
+          kernels_.store(request_.q.dtype, merged, weight / total, geometry.head_dim_v,
+                         target + index * target_bytes);
           request_.lse[index] = top + std::log(total);
         }
       }
@@ -189,7 +195,8 @@ class AttendPass : public PageConsumer {
   class BiasRow {
    public:
     BiasRow(const AttendRequest& request, int64_t row, int64_t position)
-        : mask_(request.mask), offset_(row * mask_.strides[0] + (position - request.span.kv_begin) * mask_.strides[3]) {}
+        : mask_(request.mask),
+          offset_(row * mask_.strides[0] + (position - request.span.kv_begin) * mask_.strides[3]) {}
 
     // Fills the additive bias for tokens [begin, end) of the page. Returns false when all of them are masked.
     bool load(int64_t head, int64_t query, int64_t begin, int64_t end) {
@@ -211,7 +218,9 @@ class AttendPass : public PageConsumer {
     float value(int64_t index) const {
       switch (mask_.kind) {
         case MaskKind::kBool:
-          return static_cast<const uint8_t*>(mask_.data)[index] != 0 ? 0.0f : -std::numeric_limits<float>::infinity();
+          return static_cast<const uint8_t*>(mask_.data)[index] != 0
+                     ? 0.0f
+                     : -std::numeric_limits<float>::infinity();
         case MaskKind::kFloat32:
           return static_cast<const float*>(mask_.data)[index];
         case MaskKind::kBFloat16: {
@@ -222,7 +231,8 @@ class AttendPass : public PageConsumer {
         }
         case MaskKind::kFloat16: {
           float wide;
-          kSerialKernels.load(DType::kFloat16, static_cast<const uint16_t*>(mask_.data) + index, 1.0f, 1, &wide);
+          kSerialKernels.load(DType::kFloat16, static_cast<const uint16_t*>(mask_.data) + index, 1.0f, 1,
+                              &wide);
           return wide;
         }
         case MaskKind::kNone:
@@ -257,7 +267,8 @@ class AttendPass : public PageConsumer {
 
   // A padding mask hides whole pages from all heads and queries: those need not be read.
   bool hides_whole_pages() const {
-    return request_.mask.kind == MaskKind::kBool && request_.mask.strides[1] == 0 && request_.mask.strides[2] == 0;
+    return request_.mask.kind == MaskKind::kBool && request_.mask.strides[1] == 0 &&
+           request_.mask.strides[2] == 0;
   }
   bool hidden(int64_t row, int64_t index, int64_t first, int64_t last) const {
     BiasRow bias(request_, block_.row_begin + row, index * kPageTokens);
@@ -266,7 +277,8 @@ class AttendPass : public PageConsumer {
   }
 
   void attend_tile(int64_t row, int64_t index, int64_t h, int64_t m, int64_t count, const uint8_t* k_tile,
-                   const uint8_t* v_tile, const float* q, BiasRow* bias, SoftmaxState* states, float* out) const {
+                   const uint8_t* v_tile, const float* q, BiasRow* bias, SoftmaxState* states,
+                   float* out) const {
     const Geometry& geometry = layer_.geometry;
     alignas(64) float scores[kQueryBlock * kPageTokens];
     float shrink[kQueryBlock];
@@ -316,7 +328,8 @@ class AttendPass : public PageConsumer {
       shrink[j] = kernels_.softmax_row(row_scores, modifier, &states[j]);
     }
     if (!any_visible) return;
-    kernels_.accumulate_tile(geometry.dtype, scores, shrink, v_tile, count, geometry.head_dim_v, begin, end, out);
+    kernels_.accumulate_tile(geometry.dtype, scores, shrink, v_tile, count, geometry.head_dim_v, begin, end,
+                             out);
   }
 
   float* worker_out(int64_t worker, int64_t row) const {
@@ -326,7 +339,8 @@ class AttendPass : public PageConsumer {
     return states_ + (worker * block_.row_count + row) * queries_per_row_;
   }
 
-  // Folds all workers' partials of one query into the first one's memory. FlashAttention (2205.14135), Alg. 1.
+  // Folds all workers' partials of one query into the first one's memory. FlashAttention (2205.14135),
+  // Alg. 1.
   SoftmaxState merge(int64_t row, int64_t query, float** merged) const {
     const int64_t width = layer_.geometry.head_dim_v;
     SoftmaxState state{-std::numeric_limits<float>::infinity(), 0.0f};
@@ -357,13 +371,14 @@ class AttendPass : public PageConsumer {
   const int64_t queries_per_head_;
   const int64_t queries_per_row_;
   const int64_t worker_count_;
-  float* q_ = nullptr;              // [rows][num_kv_heads][queries_per_head][head_dim_k], times scale
-  float* out_ = nullptr;            // [workers][rows][num_kv_heads][queries_per_head][head_dim_v], not normalised
+  float* q_ = nullptr;    // [rows][num_kv_heads][queries_per_head][head_dim_k], times scale
+  float* out_ = nullptr;  // [workers][rows][num_kv_heads][queries_per_head][head_dim_v], not normalised
   SoftmaxState* states_ = nullptr;  // [workers][rows][num_kv_heads][queries_per_head]
   std::vector<uint8_t> touched_;    // [rows][workers]: this worker has a partial of this row
 };
 
-// ---- the products of an eager attention -------------------------------------------------------------------------
+// ---- the products of an eager attention
+// -------------------------------------------------------------------------
 
 class ScoresPass : public PageConsumer {
  public:
@@ -374,8 +389,9 @@ class ScoresPass : public PageConsumer {
         block_(block),
         heads_(layer.geometry, request.num_heads),
         queries_per_head_(block.query_count * heads_.group) {
-    q_ = static_cast<float*>(context.scratch->reserve(block.row_count * heads_.num_kv_heads * queries_per_head_ *
-                                                      layer.geometry.head_dim_k * static_cast<int64_t>(sizeof(float))));
+    q_ = static_cast<float*>(context.scratch->reserve(block.row_count * heads_.num_kv_heads *
+                                                      queries_per_head_ * layer.geometry.head_dim_k *
+                                                      static_cast<int64_t>(sizeof(float))));
     load_queries(kernels_, request.q, heads_, block, layer.geometry.head_dim_k, 1.0f, q_);
   }
 
@@ -392,10 +408,11 @@ class ScoresPass : public PageConsumer {
       for (int64_t m = 0; m < queries_per_head_; m += kQueryBlock) {
         const int64_t count = std::min(kQueryBlock, queries_per_head_ - m);
         const float* q = q_ + ((row * heads_.num_kv_heads + h) * queries_per_head_ + m) * geometry.head_dim_k;
-        kernels_.score_tile(geometry.dtype, q, page + h * geometry.tile_bytes(), count, geometry.head_dim_k, scores);
+        kernels_.score_tile(geometry.dtype, q, page + h * geometry.tile_bytes(), count, geometry.head_dim_k,
+                            scores);
         for (int64_t j = 0; j < count; ++j) {
-          const int64_t index = output_index(heads_, block_, request_.q_len, row, h, m + j) * kv_len + position + begin -
-                                request_.span.kv_begin;
+          const int64_t index = output_index(heads_, block_, request_.q_len, row, h, m + j) * kv_len +
+                                position + begin - request_.span.kv_begin;
           kernels_.store(request_.q.dtype, scores + j * kPageTokens + begin, 1.0f, end - begin,
                          out + index * element_bytes(request_.q.dtype));
         }
@@ -415,7 +432,8 @@ class ScoresPass : public PageConsumer {
 
 class WeightedSumPass : public PageConsumer {
  public:
-  WeightedSumPass(const PassContext& context, const Layer& layer, const WeightedSumRequest& request, const Block& block)
+  WeightedSumPass(const PassContext& context, const Layer& layer, const WeightedSumRequest& request,
+                  const Block& block)
       : kernels_(*context.kernels),
         layer_(layer),
         request_(request),
@@ -423,7 +441,8 @@ class WeightedSumPass : public PageConsumer {
         heads_(layer.geometry, request.num_heads),
         queries_per_head_(block.query_count * heads_.group),
         worker_count_(context.stream->worker_limit()),
-        values_per_worker_(block.row_count * heads_.num_kv_heads * queries_per_head_ * layer.geometry.head_dim_v) {
+        values_per_worker_(block.row_count * heads_.num_kv_heads * queries_per_head_ *
+                           layer.geometry.head_dim_v) {
     const int64_t bytes = worker_count_ * values_per_worker_ * static_cast<int64_t>(sizeof(float));
     out_ = static_cast<float*>(context.scratch->reserve(bytes));
     std::memset(out_, 0, static_cast<size_t>(bytes));
@@ -446,14 +465,16 @@ class WeightedSumPass : public PageConsumer {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t head = h * heads_.group + (m + j) % heads_.group;
           const int64_t query = block_.query_begin + (m + j) / heads_.group;
-          const int64_t index = (block_.row_begin + row) * request_.p.strides[0] + head * request_.p.strides[1] +
-                                query * request_.p.strides[2] + position + begin - request_.span.kv_begin;
+          const int64_t index = (block_.row_begin + row) * request_.p.strides[0] +
+                                head * request_.p.strides[1] + query * request_.p.strides[2] + position +
+                                begin - request_.span.kv_begin;
           kernels_.load(request_.p.dtype, p + index * element_bytes(request_.p.dtype), 1.0f, end - begin,
                         weights + j * kPageTokens + begin);
         }
         float* out = out_ + worker * values_per_worker_ +
                      ((row * heads_.num_kv_heads + h) * queries_per_head_ + m) * geometry.head_dim_v;
-        kernels_.accumulate_tile(geometry.dtype, weights, shrink, v_tile, count, geometry.head_dim_v, begin, end, out);
+        kernels_.accumulate_tile(geometry.dtype, weights, shrink, v_tile, count, geometry.head_dim_v, begin,
+                                 end, out);
       }
     }
   }
@@ -502,11 +523,13 @@ class ReadPass : public PageConsumer {
     const int64_t end = std::min(kPageTokens, request_.span.kv_end - position);
     for (int64_t h = 0; h < geometry.num_kv_heads; ++h) {
       const uint8_t* tile = page + h * geometry.tile_bytes();
-      const int64_t token = (row * geometry.num_kv_heads + h) * kv_len + position + begin - request_.span.kv_begin;
+      const int64_t token =
+          (row * geometry.num_kv_heads + h) * kv_len + position + begin - request_.span.kv_begin;
       const int64_t bytes = element_bytes(request_.dtype);
       if (request_.k != nullptr) {
         kernels_.unpack_k(geometry.dtype, tile, geometry.head_dim_k, begin, end - begin, request_.dtype,
-                          geometry.head_dim_k, static_cast<uint8_t*>(request_.k) + token * geometry.head_dim_k * bytes);
+                          geometry.head_dim_k,
+                          static_cast<uint8_t*>(request_.k) + token * geometry.head_dim_k * bytes);
       }
       if (request_.v != nullptr) {
         kernels_.unpack_v(geometry.dtype, tile + geometry.k_bytes(), geometry.head_dim_v, begin, end - begin,
@@ -522,8 +545,8 @@ class ReadPass : public PageConsumer {
   const ReadRequest& request_;
 };
 
-void run(const PassContext& context, const Layer& layer, const std::vector<PageUse>& uses, int64_t compute_weight,
-         PageConsumer* pass) {
+void run(const PassContext& context, const Layer& layer, const std::vector<PageUse>& uses,
+         int64_t compute_weight, PageConsumer* pass) {
   const int64_t page_bytes = layer.geometry.page_bytes();
   const Plan plan = make_plan(uses, page_bytes, context.stream->read_bytes_max(page_bytes));
   context.stream->run(plan, page_bytes, compute_weight, pass);
@@ -538,37 +561,44 @@ std::vector<PageUse> all_uses(const Layer& layer, const Span& span, int64_t row_
 }
 
 // Arithmetic on a page relative to one query's pass over the same bytes, which memory bandwidth hides.
-int64_t compute_weight(const Block& block, int64_t group) { return std::max<int64_t>(1, block.query_count * group / 8); }
+int64_t compute_weight(const Block& block, int64_t group) {
+  return std::max<int64_t>(1, block.query_count * group / 8);
+}
 
 }  // namespace
 
 void attend(const PassContext& context, const Layer& layer, const AttendRequest& request) {
-  const int64_t bytes = AttendPass::bytes_per_query(layer.geometry, context.stream->worker_limit()) * request.num_heads;
-  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
-    AttendPass pass(context, layer, request, block);
-    run(context, layer, pass.uses(), compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
-    pass.finish();
-  });
+  const int64_t bytes =
+      AttendPass::bytes_per_query(layer.geometry, context.stream->worker_limit()) * request.num_heads;
+  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
+                 [&](const Block& block) {
+                   AttendPass pass(context, layer, request, block);
+                   run(context, layer, pass.uses(),
+                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
+                   pass.finish();
+                 });
 }
 
 void scores(const PassContext& context, const Layer& layer, const ScoresRequest& request) {
   const int64_t bytes = request.num_heads * layer.geometry.head_dim_k * static_cast<int64_t>(sizeof(float));
-  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
-    ScoresPass pass(context, layer, request, block);
-    run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
-        compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
-  });
+  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
+                 [&](const Block& block) {
+                   ScoresPass pass(context, layer, request, block);
+                   run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
+                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
+                 });
 }
 
 void weighted_sum(const PassContext& context, const Layer& layer, const WeightedSumRequest& request) {
   const int64_t bytes = request.num_heads * layer.geometry.head_dim_v * static_cast<int64_t>(sizeof(float)) *
                         context.stream->worker_limit();
-  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
-    WeightedSumPass pass(context, layer, request, block);
-    run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
-        compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
-    pass.finish();
-  });
+  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
+                 [&](const Block& block) {
+                   WeightedSumPass pass(context, layer, request, block);
+                   run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
+                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
+                   pass.finish();
+                 });
 }
 
 void read(const PassContext& context, const Layer& layer, const ReadRequest& request) {

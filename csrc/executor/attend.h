@@ -1,5 +1,6 @@
-// What can be computed from a layer's stored pages, as passes over them: exact attention, the two products of an eager
-// attention, and reading back. A pass knows pages in memory and arithmetic; PageStream brings the pages.
+// What can be computed from a layer's stored pages, as passes over them: exact attention, the two products of
+// an eager attention, and reading back. A pass knows pages in memory and arithmetic; PageStream brings the
+// pages.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@
 
 namespace csd {
 
-// Which keys query i of q_len may see. Lower right: query i stands at position kv_end - q_len + i (decoding). Upper
-// left: at kv_begin + i (torch's is_causal).
+// Which keys query i of q_len may see. Lower right: query i stands at position kv_end - q_len + i (decoding).
+// Upper left: at kv_begin + i (torch's is_causal).
 enum class Causal : uint8_t { kNone, kLowerRight, kUpperLeft };
 
 enum class MaskKind : uint8_t { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
@@ -52,7 +53,7 @@ struct AttendRequest {
   int64_t window = 0;  // sees keys at positions > position - window; 0: all
   float softcap = 0.0f;
   MaskView mask;
-  const float* sinks = nullptr;         // [num_heads] logits that take part in the softmax and attend to nothing
+  const float* sinks = nullptr;  // [num_heads] logits that take part in the softmax and attend to nothing
   const float* alibi_slopes = nullptr;  // [num_heads]; adds slope * (key position - query position)
   void* out = nullptr;                  // [row_count, num_heads, q_len, head_dim_v], q's dtype
   float* lse = nullptr;                 // [row_count, num_heads, q_len], natural log
@@ -67,7 +68,8 @@ struct ScoresRequest {
   void* out = nullptr;
 };
 
-// p @ V with p [row_count, num_heads, q_len, kv_end - kv_begin] into out [row_count, num_heads, q_len, head_dim_v].
+// p @ V with p [row_count, num_heads, q_len, kv_end - kv_begin] into out [row_count, num_heads, q_len,
+// head_dim_v].
 struct WeightedSumRequest {
   Span span;
   int64_t num_heads = 0;
@@ -76,7 +78,8 @@ struct WeightedSumRequest {
   void* out = nullptr;
 };
 
-// Stored tokens back to dense [row_count, num_kv_heads, kv_end - kv_begin, head_dim]; a null target is left out.
+// Stored tokens back to dense [row_count, num_kv_heads, kv_end - kv_begin, head_dim]; a null target is left
+// out.
 struct ReadRequest {
   Span span;
   DType dtype = DType::kFloat32;

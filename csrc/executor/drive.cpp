@@ -21,7 +21,8 @@ constexpr int kWriteDepth = 32;
 int64_t staging_bytes(const DriveOptions& options) {
   const int64_t wanted = std::min(kStagingBytesMax, options.queue_depth * kMiB);
   const int64_t bytes = std::min(wanted, options.memory_budget_bytes / 4);
-  const int64_t step = bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
+  const int64_t step =
+      bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
   return bytes / step * step;
 }
 
@@ -36,8 +37,8 @@ std::string text(int64_t value) { return std::to_string(value); }
 Drive::Drive(const DriveOptions& options)
     : options_(options), process_(getpid()), kernels_(select_kernels(options.simd.c_str())) {
   if (options.memory_budget_bytes < kMemoryBudgetMin) {
-    throw Error(ErrorKind::kBudget, "memory_budget must be at least 1 MiB, got " + text(options.memory_budget_bytes) +
-                                        " bytes; raise it");
+    throw Error(ErrorKind::kBudget, "memory_budget must be at least 1 MiB, got " +
+                                        text(options.memory_budget_bytes) + " bytes; raise it");
   }
   file_ = open_scratch_file(options.directory, options.io_engine);
   try {
@@ -47,8 +48,9 @@ Drive::Drive(const DriveOptions& options)
     scratch_bytes_max_ = scratch_bytes(options);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
     space_ = std::make_shared<FileSpace>(file_.fd, file_.path);
-    stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, static_cast<int>(options.threads),
-                                           static_cast<int>(options.queue_depth), staging);
+    stream_ =
+        std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, static_cast<int>(options.threads),
+                                     static_cast<int>(options.queue_depth), staging);
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
   } catch (...) {
@@ -72,7 +74,8 @@ Drive::~Drive() {
 void Drive::check_process() const {
   if (getpid() != process_) {
     throw Error(ErrorKind::kForked,
-                "this store was opened in process " + text(process_) + " and is used in its child " + text(getpid()) +
+                "this store was opened in process " + text(process_) + " and is used in its child " +
+                    text(getpid()) +
                     "; open a store in the child instead (or start workers with the 'spawn' method)");
   }
 }
@@ -121,7 +124,8 @@ LayerInfo Drive::info(int64_t layer_id) {
   return info;
 }
 
-// ---- changing what is stored ------------------------------------------------------------------------------------
+// ---- changing what is stored
+// ------------------------------------------------------------------------------------
 
 Row Drive::new_row(const Geometry& geometry) {
   Row row;
@@ -139,13 +143,15 @@ void Drive::append(int64_t layer_id, const AppendRequest& request) {
     for (int64_t i = 0; i < request.row_count; ++i) layer.rows.push_back(new_row(layer.geometry));
   }
   if (static_cast<int64_t>(layer.rows.size()) != request.row_count) {
-    throw Error(ErrorKind::kValue, "append: this layer holds " + text(static_cast<int64_t>(layer.rows.size())) +
+    throw Error(ErrorKind::kValue, "append: this layer holds " +
+                                       text(static_cast<int64_t>(layer.rows.size())) +
                                        " rows, got a batch of " + text(request.row_count) +
                                        "; reorder() or free() the layer to change its batch");
   }
   // What the rows were: the deque of pages is only added to at its end, where the last page may be replaced.
   std::vector<std::pair<int64_t, std::shared_ptr<Page>>> before;
-  for (const Row& row : layer.rows) before.emplace_back(row.length, row.pages.empty() ? nullptr : row.pages.back());
+  for (const Row& row : layer.rows)
+    before.emplace_back(row.length, row.pages.empty() ? nullptr : row.pages.back());
   std::vector<int64_t> end_pages;
   for (const Row& row : layer.rows) end_pages.push_back(row.end_page());
   try {
@@ -168,7 +174,8 @@ void Drive::append(int64_t layer_id, const AppendRequest& request) {
   }
 }
 
-void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count) {
+void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index,
+                       int64_t token_count) {
   const Geometry& geometry = layer->geometry;
   const int64_t bytes = element_bytes(request.dtype);
   const auto* k = static_cast<const uint8_t*>(request.k) + index * request.k_strides[0] * bytes;
@@ -196,7 +203,8 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
 Page* Drive::writable_tail(const Geometry& geometry, Row* row) {
   const int64_t index = row->length / kPageTokens;
   const bool exists = index < row->end_page();
-  if (exists && row->pages.back().use_count() == 1 && row->pages.back()->writable()) return row->pages.back().get();
+  if (exists && row->pages.back().use_count() == 1 && row->pages.back()->writable())
+    return row->pages.back().get();
   auto page = std::make_shared<Page>(arena_.get(), geometry.page_bytes());
   page->memory = page_memory(geometry.page_bytes());
   page->stream = row->stream;
@@ -262,8 +270,8 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
   }
 }
 
-// Starts writing one page so that its memory becomes free: the most recently filled one, because what stays should be
-// a fixed set (a scan over everything defeats any recency order); if there is none, a tail.
+// Starts writing one page so that its memory becomes free: the most recently filled one, because what stays
+// should be a fixed set (a scan over everything defeats any recency order); if there is none, a tail.
 bool Drive::evict_one() {
   for (Candidates* candidates : {&sealed_, &tails_}) {
     std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
@@ -282,7 +290,8 @@ bool Drive::evict_one() {
   return false;
 }
 
-// Takes note of writes that ended. Those that failed left their pages in memory: they stay candidates, to be tried last.
+// Takes note of writes that ended. Those that failed left their pages in memory: they stay candidates, to be
+// tried last.
 void Drive::settle_writes() {
   writer_->reap(false);
   const std::vector<std::shared_ptr<Page>> failed = writer_->take_failed();
@@ -339,8 +348,8 @@ void Drive::trim(int64_t layer_id, int64_t begin) {
   Layer& layer = find(layer_id);
   for (const Row& row : layer.rows) {
     if (begin > row.length) {
-      throw Error(ErrorKind::kValue, "trim: begin must not lie behind a row's end (" + text(row.length) + "), got " +
-                                         text(begin));
+      throw Error(ErrorKind::kValue, "trim: begin must not lie behind a row's end (" + text(row.length) +
+                                         "), got " + text(begin));
     }
   }
   if (begin <= layer.begin) return;
@@ -361,8 +370,8 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   bool identity = static_cast<int64_t>(index.size()) == row_count;
   for (size_t i = 0; i < index.size(); ++i) {
     if (index[i] < 0 || index[i] >= row_count) {
-      throw Error(ErrorKind::kValue, "reorder: index must be in [0, " + text(row_count) + "), got " + text(index[i]) +
-                                         " at position " + text(static_cast<int64_t>(i)));
+      throw Error(ErrorKind::kValue, "reorder: index must be in [0, " + text(row_count) + "), got " +
+                                         text(index[i]) + " at position " + text(static_cast<int64_t>(i)));
     }
     identity = identity && index[i] == static_cast<int64_t>(i);
   }
@@ -390,15 +399,17 @@ void Drive::flush() {
   settle_writes();
 }
 
-// ---- computing from it ------------------------------------------------------------------------------------------
+// ---- computing from it
+// ------------------------------------------------------------------------------------------
 
 PassContext Drive::context() { return {&kernels_, stream_.get(), &scratch_, scratch_bytes_max_}; }
 
 void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) const {
   if (epoch >= 0 && epoch != layer.epoch) {
-    throw Error(ErrorKind::kStale,
-                "the tokens this StorageTensor stood for were reordered, truncated or freed since it was made; take "
-                "the layer's keys and values anew");
+    throw Error(
+        ErrorKind::kStale,
+        "the tokens this StorageTensor stood for were reordered, truncated or freed since it was made; take "
+        "the layer's keys and values anew");
   }
   const auto row_count = static_cast<int64_t>(layer.rows.size());
   if (span.row_begin < 0 || span.row_count < 0 || span.row_begin + span.row_count > row_count) {
@@ -408,7 +419,8 @@ void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) cons
   }
   if (span.kv_begin < layer.begin) {
     throw Error(ErrorKind::kStale, "tokens before position " + text(layer.begin) +
-                                       " were trimmed (sliding window), wanted them from " + text(span.kv_begin));
+                                       " were trimmed (sliding window), wanted them from " +
+                                       text(span.kv_begin));
   }
   for (int64_t i = 0; i < span.row_count; ++i) {
     const int64_t length = layer.rows[static_cast<size_t>(span.row_begin + i)].length;
@@ -457,7 +469,8 @@ void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
   csd::read(context(), layer, request);
 }
 
-// ---- reporting --------------------------------------------------------------------------------------------------
+// ---- reporting
+// --------------------------------------------------------------------------------------------------
 
 std::string Drive::stats_json() {
   check_process();
@@ -465,12 +478,12 @@ std::string Drive::stats_json() {
   writer_->reap(false);
   int64_t pages_on_drive = 0;
   int64_t pages_resident = 0;
-  int64_t kv_bytes = 0;
+  int64_t stored_bytes = 0;  // a page that rows share counts for each
   for (const auto& [id, layer] : layers_) {
     for (const Row& row : layer.rows) {
       for (const std::shared_ptr<Page>& page : row.pages) {
         (page->memory != nullptr ? pages_resident : pages_on_drive)++;
-        kv_bytes += layer.geometry.page_bytes();
+        stored_bytes += layer.geometry.page_bytes();
       }
     }
   }
@@ -497,7 +510,8 @@ std::string Drive::stats_json() {
   json += quoted("simd", kernels_.name);
   json += number("threads", stream_->worker_limit());
   json += number("memory_budget_bytes", options_.memory_budget_bytes);
-  json += number("memory_used_bytes", arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
+  json += number("memory_used_bytes",
+                 arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
   json += number("drive_read_bytes", counters.drive_read_bytes);
   json += number("resident_read_bytes", counters.resident_read_bytes);
   json += number("drive_written_bytes", writer_->written_bytes());
@@ -510,7 +524,7 @@ std::string Drive::stats_json() {
   json += number("file_bytes", space_->file_bytes());
   json += number("pages_on_drive", pages_on_drive);
   json += number("pages_resident", pages_resident);
-  json += number("page_table_bytes", kv_bytes);
+  json += number("stored_bytes", stored_bytes);
   json.resize(json.size() - 2);
   return json + "}";
 }

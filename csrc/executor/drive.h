@@ -1,9 +1,11 @@
-// A drive: one directory's file, the pages in it and in memory, and everything that is done to them. The ops call this.
+// A drive: one directory's file, the pages in it and in memory, and everything that is done to them. The ops
+// call this.
 //
-// Thread-safe: calls that change something run alone, reads may overlap with each other (their passes take turns).
-// memory_budget is divided once: staging for reads in flight, scratch for partial results, and the arena, which holds
-// the tails and, in what is left, full pages that then never have to be read. A page that finds no room is written and
-// leaves memory; even a tail may, so any budget above the minimum holds any context.
+// Thread-safe: calls that change something run alone, reads may overlap with each other (their passes take
+// turns). memory_budget is divided once: staging for reads in flight, scratch for partial results, and the
+// arena, which holds the tails and, in what is left, full pages that then never have to be read. A page that
+// finds no room is written and leaves memory; even a tail may, so any budget above the minimum holds any
+// context.
 #pragma once
 
 #include <sys/types.h>
@@ -38,7 +40,8 @@ struct DriveOptions {
   bool resident = true;  // false: full pages always leave memory (to measure or test the drive)
 };
 
-// New tokens of one layer: k [row_count, num_kv_heads, q_len, head_dim_k], v likewise, strides in elements, last dense.
+// New tokens of one layer: k [row_count, num_kv_heads, q_len, head_dim_k], v likewise, strides in elements,
+// last dense.
 struct AppendRequest {
   DType dtype = DType::kFloat32;
   int64_t row_count = 0;
@@ -70,7 +73,8 @@ class Drive {
   void drop_layer(int64_t layer_id);
   LayerInfo info(int64_t layer_id);
 
-  // All or nothing: after an error every row is as long as before. An empty layer takes row_count as its batch.
+  // All or nothing: after an error every row is as long as before. An empty layer takes row_count as its
+  // batch.
   void append(int64_t layer_id, const AppendRequest& request);
   void truncate(int64_t layer_id, const std::vector<int64_t>& lengths);  // one for all rows, or one per row
   void trim(int64_t layer_id, int64_t begin);

@@ -10,7 +10,9 @@ Plan make_plan(const std::vector<PageUse>& uses, int64_t page_bytes, int64_t rea
     (use.page->memory != nullptr ? plan.memory_uses : plan.drive_uses).push_back(use);
   }
   // By place on the drive, not by token: rows interleave there, and evicted pages may lie in any order.
-  const auto by_offset = [](const PageUse& a, const PageUse& b) { return a.page->file_offset < b.page->file_offset; };
+  const auto by_offset = [](const PageUse& a, const PageUse& b) {
+    return a.page->file_offset < b.page->file_offset;
+  };
   if (!std::is_sorted(plan.drive_uses.begin(), plan.drive_uses.end(), by_offset)) {
     std::stable_sort(plan.drive_uses.begin(), plan.drive_uses.end(), by_offset);
   }

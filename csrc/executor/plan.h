@@ -1,5 +1,5 @@
-// The plan of one pass over stored pages: which are in memory, and how the others are read in few, large, sequential
-// reads. Pure: no I/O, no threads.
+// The plan of one pass over stored pages: which are in memory, and how the others are read in few, large,
+// sequential reads. Pure: no I/O, no threads.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@
 
 namespace csd {
 
-// One page that a pass needs for one row. Rows that share a page (beams, forks) each have a use of it; it is read once.
+// One page that a pass needs for one row. Rows that share a page (beams, forks) each have a use of it; it is
+// read once.
 struct PageUse {
   const Page* page = nullptr;
   int64_t row = 0;    // index into the layer's rows

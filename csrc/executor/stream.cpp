@@ -9,12 +9,14 @@
 namespace csd {
 namespace {
 
-constexpr int64_t kReadBytes = int64_t{1} << 20;         // where this class of drives reaches its rate, see bench_io
-constexpr int64_t kWakeBytes = int64_t{512} << 10;       // arithmetic on less than this is over before a thread wakes
-constexpr int64_t kPagesPerClaim = 4;                    // of memory pages, so that workers seldom meet at the counter
+constexpr int64_t kReadBytes = int64_t{1} << 20;  // where this class of drives reaches its rate, see bench_io
+constexpr int64_t kWakeBytes = int64_t{512}
+                               << 10;  // arithmetic on less than this is over before a thread wakes
+constexpr int64_t kPagesPerClaim = 4;  // of memory pages, so that workers seldom meet at the counter
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
@@ -120,9 +122,10 @@ void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weigh
   const auto memory_uses = static_cast<int64_t>(plan.memory_uses.size());
   const auto read_count = static_cast<int64_t>(plan.reads.size());
   if (memory_uses == 0 && read_count == 0) return;
-  const int64_t weight = (memory_uses + static_cast<int64_t>(plan.drive_uses.size())) * page_bytes * compute_weight;
-  auto worker_count =
-      static_cast<int>(std::clamp<int64_t>(1 + weight / kWakeBytes, 1, static_cast<int64_t>(pool_.worker_count())));
+  const int64_t weight =
+      (memory_uses + static_cast<int64_t>(plan.drive_uses.size())) * page_bytes * compute_weight;
+  auto worker_count = static_cast<int>(
+      std::clamp<int64_t>(1 + weight / kWakeBytes, 1, static_cast<int64_t>(pool_.worker_count())));
   // A worker needs two slots, so that the drive works while it computes.
   while (worker_count > 1 && staging_bytes_ / worker_count < 2 * read_bytes_max(page_bytes)) worker_count--;
   Pass pass;
@@ -137,7 +140,8 @@ void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weigh
     this->work(read_count > 0 ? workers_[static_cast<size_t>(number)].get() : nullptr, number, &pass);
   });
   if (pass.error != 0) {
-    throw io_error(path_, "reading KV pages at byte " + std::to_string(pass.error_offset) + " failed", pass.error);
+    throw io_error(path_, "reading KV pages at byte " + std::to_string(pass.error_offset) + " failed",
+                   pass.error);
   }
   counters_.drive_read_bytes += plan.read_bytes;
   counters_.resident_read_bytes += memory_uses * page_bytes;
@@ -156,7 +160,8 @@ void PageStream::work(Worker* worker, int number, Pass* pass) {
       const bool in_flight = worker != nullptr && worker->queue->in_flight() > 0;
       // Pages in memory fill the time in which the drive works; wait only when there are none left.
       const int64_t memory_use =
-          pass->failed ? memory_count : pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
+          pass->failed ? memory_count
+                       : pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
       const bool has_memory_work = memory_use < memory_count;
       for (int64_t i = memory_use; i < std::min(memory_use + kPagesPerClaim, memory_count); ++i) {
         const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
@@ -186,7 +191,8 @@ void PageStream::work(Worker* worker, int number, Pass* pass) {
     }
   } catch (...) {
     pass->failed = true;
-    while (worker != nullptr && worker->queue->in_flight() > 0) worker->queue->reap(true, &worker->completions);
+    while (worker != nullptr && worker->queue->in_flight() > 0)
+      worker->queue->reap(true, &worker->completions);
     throw;
   }
   counters_.io_wait_ns += wait_ns;

@@ -14,7 +14,8 @@
 
 namespace csd {
 
-// Arithmetic on pages. consume() is called from worker threads, never twice at once with the same worker number.
+// Arithmetic on pages. consume() is called from worker threads, never twice at once with the same worker
+// number.
 class PageConsumer {
  public:
   virtual ~PageConsumer() = default;
@@ -31,7 +32,8 @@ struct StreamCounters {
 class PageStream {
  public:
   // staging_bytes: memory for reads in flight, all workers together; page_bytes of any pass must fit twice.
-  PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth, int64_t staging_bytes);
+  PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth,
+             int64_t staging_bytes);
   ~PageStream();
 
   // The length of reads that suits a page size.
@@ -39,9 +41,9 @@ class PageStream {
   int64_t staging_bytes() const { return staging_bytes_; }
   int64_t staging_bytes_touched() const;
 
-  // Feeds every use of the plan to the consumer; workers are numbered below worker_limit(). compute_weight: the
-  // arithmetic on a page relative to one query's, so that small passes stay on the calling thread.
-  // Throws kStore for a failed read: nothing of the pass is then valid. One pass at a time.
+  // Feeds every use of the plan to the consumer; workers are numbered below worker_limit(). compute_weight:
+  // the arithmetic on a page relative to one query's, so that small passes stay on the calling thread. Throws
+  // kStore for a failed read: nothing of the pass is then valid. One pass at a time.
   void run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, PageConsumer* consumer);
   int worker_limit() const { return pool_.worker_count(); }
   ThreadPool& pool() { return pool_; }

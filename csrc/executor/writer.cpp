@@ -12,7 +12,8 @@ constexpr size_t kSegmentsMax = 256;  // well under IOV_MAX
 
 }  // namespace
 
-Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path) : queue_(std::move(queue)), path_(std::move(path)) {
+Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path)
+    : queue_(std::move(queue)), path_(std::move(path)) {
   requests_.resize(static_cast<size_t>(queue_->depth()));
   for (size_t tag = requests_.size(); tag-- > 0;) free_tags_.push_back(tag);
 }
@@ -23,8 +24,8 @@ void Writer::add(const std::shared_ptr<Page>& page) {
   const int64_t page_bytes = page->page_bytes;
   auto [offset, extent] = page->stream->take();
   const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == offset;
-  if (!batch_.pages.empty() && (!adjacent || batch_.bytes + page_bytes > kWriteBytes ||
-                                batch_.segments.size() == kSegmentsMax)) {
+  if (!batch_.pages.empty() &&
+      (!adjacent || batch_.bytes + page_bytes > kWriteBytes || batch_.segments.size() == kSegmentsMax)) {
     flush();
   }
   if (batch_.pages.empty()) {
@@ -89,8 +90,9 @@ void Writer::drain() {
 void Writer::throw_error() {
   const int error = std::exchange(error_, 0);
   if (error == 0) return;
-  throw io_error(path_, "writing KV pages at byte " + std::to_string(error_offset_) +
-                            " failed (they are kept in memory; the append that needed the room is undone)",
+  throw io_error(path_,
+                 "writing KV pages at byte " + std::to_string(error_offset_) +
+                     " failed (they are kept in memory; the append that needed the room is undone)",
                  error);
 }
 

@@ -1,7 +1,8 @@
 // Write-behind: takes pages out of memory, onto the drive, without making the caller wait for the drive.
 //
-// Adjacent pages go out in one vectored write. A page stays readable in memory until its write has completed; if the
-// write fails the page stays in memory, unwritten, and the error is kept for the next append. Not thread-safe.
+// Adjacent pages go out in one vectored write. A page stays readable in memory until its write has completed;
+// if the write fails the page stays in memory, unwritten, and the error is kept for the next append. Not
+// thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@ class Writer {
   Writer(std::unique_ptr<IoQueue> queue, std::string path);
   ~Writer();  // waits for what is in flight
 
-  // Assigns the page its place and queues it. Throws kNoSpace when the drive has no place; the page is then as before.
+  // Assigns the page its place and queues it. Throws kNoSpace when the drive has no place; the page is then
+  // as before.
   void add(const std::shared_ptr<Page>& page);
   // Starts what add() still holds back to coalesce it.
   void flush();

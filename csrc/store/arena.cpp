@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kChunkBytesMax = int64_t{2} << 20;  // one huge page
 constexpr int64_t kChunkBytesMin = int64_t{64} << 10;
 
-// Small budgets get small chunks: with a handful of page sizes, 2 MiB chunks would strand most of an 8 MiB budget.
+// Small budgets get small chunks: with a handful of page sizes, 2 MiB chunks would strand most of an 8 MiB
+// budget.
 int64_t choose_chunk_bytes(int64_t limit_bytes) {
   int64_t bytes = kChunkBytesMax;
   while (bytes > kChunkBytesMin && bytes * 32 > limit_bytes) bytes /= 2;
@@ -19,7 +20,8 @@ int64_t choose_chunk_bytes(int64_t limit_bytes) {
 
 }  // namespace
 
-Arena::Arena(int64_t limit_bytes) : limit_bytes_(limit_bytes), chunk_bytes_(choose_chunk_bytes(limit_bytes)) {}
+Arena::Arena(int64_t limit_bytes)
+    : limit_bytes_(limit_bytes), chunk_bytes_(choose_chunk_bytes(limit_bytes)) {}
 
 Arena::~Arena() {
   for (auto& [base, chunk] : chunks_) unmap_memory(base, chunk.bytes);
@@ -47,7 +49,8 @@ uint8_t* Arena::allocate(int64_t page_bytes) {
     chunk.slot_bytes = page_bytes;
     chunk.slot_count = bytes / page_bytes;
     chunk.free_slots.clear();
-    for (int64_t slot = chunk.slot_count; slot-- > 0;) chunk.free_slots.push_back(static_cast<uint32_t>(slot));
+    for (int64_t slot = chunk.slot_count; slot-- > 0;)
+      chunk.free_slots.push_back(static_cast<uint32_t>(slot));
     open.push_back(base);
   }
   uint8_t* base = open.back();

@@ -1,7 +1,7 @@
 // Memory for pages, bounded: what this holds of the process never exceeds limit_bytes. Not thread-safe.
 //
-// Pages are carved from 2 MiB chunks (one huge page each, so that streaming attention does not run on TLB misses);
-// an emptied chunk serves any page size.
+// Pages are carved from 2 MiB chunks (one huge page each, so that streaming attention does not run on TLB
+// misses); an emptied chunk serves any page size.
 #pragma once
 
 #include <cstdint>
@@ -39,9 +39,9 @@ class Arena {
   const int64_t chunk_bytes_;
   int64_t mapped_bytes_ = 0;
   int64_t used_bytes_ = 0;
-  std::map<uint8_t*, Chunk> chunks_;                       // by base address; those with at least one page in use
-  std::map<int64_t, std::vector<uint8_t*>> open_chunks_;   // by slot size: bases of chunks with a free slot
-  std::vector<uint8_t*> empty_chunks_;                     // mapped, of chunk_bytes_, without a page
+  std::map<uint8_t*, Chunk> chunks_;  // by base address; those with at least one page in use
+  std::map<int64_t, std::vector<uint8_t*>> open_chunks_;  // by slot size: bases of chunks with a free slot
+  std::vector<uint8_t*> empty_chunks_;                    // mapped, of chunk_bytes_, without a page
 };
 
 }  // namespace csd

@@ -12,8 +12,10 @@
 namespace csd {
 namespace {
 
-constexpr int64_t kExtentBytesMin = int64_t{1} << 20;   // a dense read of a row is made of reads of 1 MiB or more
-constexpr int64_t kExtentBytesMax = int64_t{8} << 20;   // freed only as a whole: keep what one live page can hold small
+constexpr int64_t kExtentBytesMin = int64_t{1}
+                                    << 20;  // a dense read of a row is made of reads of 1 MiB or more
+constexpr int64_t kExtentBytesMax = int64_t{8}
+                                    << 20;  // freed only as a whole: keep what one live page can hold small
 constexpr int64_t kGrowthBytesMax = int64_t{64} << 20;  // fallocate in large steps keeps the file contiguous
 
 }  // namespace
@@ -58,7 +60,8 @@ void FileSpace::release(int64_t offset, int64_t bytes) {
 }
 
 void FileSpace::reserve(int64_t end) {
-  // Grow by a quarter, so that a large file grows in few steps and a small one does not take much more than it needs.
+  // Grow by a quarter, so that a large file grows in few steps and a small one does not take much more than
+  // it needs.
   const int64_t growth = std::min(kGrowthBytesMax, round_up(reserved_ / 4, kExtentBytesMin));
   int error = 0;
   for (const int64_t target : {std::max(end, reserved_ + growth), end}) {
@@ -72,8 +75,9 @@ void FileSpace::reserve(int64_t end) {
     }
   }
   struct statvfs stats {};
-  const int64_t available =
-      fstatvfs(fd_, &stats) == 0 ? static_cast<int64_t>(stats.f_bavail) * static_cast<int64_t>(stats.f_frsize) : -1;
+  const int64_t available = fstatvfs(fd_, &stats) == 0
+                                ? static_cast<int64_t>(stats.f_bavail) * static_cast<int64_t>(stats.f_frsize)
+                                : -1;
   throw io_error(path_,
                  "growing the file from " + std::to_string(reserved_) + " to " + std::to_string(end) +
                      " bytes (free on the device: " + std::to_string(available) +

@@ -17,12 +17,12 @@ class FileSpace {
  public:
   FileSpace(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
 
-  // First fit among what was freed, else at the end of the file, which grows by fallocate so that a full drive is
-  // known before a page is lost. Throws kNoSpace.
+  // First fit among what was freed, else at the end of the file, which grows by fallocate so that a full
+  // drive is known before a page is lost. Throws kNoSpace.
   int64_t allocate(int64_t bytes);
   void release(int64_t offset, int64_t bytes);
 
-  int64_t file_bytes() const { return reserved_; }                     // space the file takes on the drive
+  int64_t file_bytes() const { return reserved_; }                       // space the file takes on the drive
   int64_t free_bytes() const { return free_bytes_ + reserved_ - end_; }  // of it, not in use
 
  private:

@@ -1,4 +1,5 @@
-// Page tables: which pages hold the tokens of each row of each layer, and where each page is. Plain state, no I/O.
+// Page tables: which pages hold the tokens of each row of each layer, and where each page is. Plain state, no
+// I/O.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace csd {
 
-// kPageTokens tokens of one row of one layer, for all kv heads. It is in memory, or on the drive, or (while it is
-// being written) in both. Rows share pages; a page that is shared or written is never modified again.
+// kPageTokens tokens of one row of one layer, for all kv heads. It is in memory, or on the drive, or (while
+// it is being written) in both. Rows share pages; a page that is shared or written is never modified again.
 struct Page {
   Page(Arena* arena, int64_t page_bytes) : arena(arena), page_bytes(page_bytes) {}
   ~Page() {
@@ -35,13 +36,16 @@ struct Page {
 
 // One sequence of the batch. Positions are absolute: dropping old tokens does not renumber the rest.
 struct Row {
-  std::deque<std::shared_ptr<Page>> pages;  // pages[i] holds tokens [(first_page + i) * kPageTokens, + kPageTokens)
+  std::deque<std::shared_ptr<Page>>
+      pages;  // pages[i] holds tokens [(first_page + i) * kPageTokens, + kPageTokens)
   int64_t first_page = 0;
   int64_t length = 0;  // tokens appended and not truncated
   std::shared_ptr<ExtentStream> stream;
 
   int64_t end_page() const { return first_page + static_cast<int64_t>(pages.size()); }
-  const std::shared_ptr<Page>& page(int64_t index) const { return pages[static_cast<size_t>(index - first_page)]; }
+  const std::shared_ptr<Page>& page(int64_t index) const {
+    return pages[static_cast<size_t>(index - first_page)];
+  }
   void truncate(int64_t new_length) {
     length = new_length;
     while (end_page() > (length + kPageTokens - 1) / kPageTokens && !pages.empty()) pages.pop_back();
@@ -52,7 +56,8 @@ struct Layer {
   Geometry geometry;
   std::vector<Row> rows;
   int64_t begin = 0;  // tokens before it were dropped (sliding windows)
-  int64_t epoch = 0;  // changes whenever a token that could be read before cannot be read at its place any more
+  int64_t epoch =
+      0;  // changes whenever a token that could be read before cannot be read at its place any more
 };
 
 }  // namespace csd
