@@ -89,7 +89,13 @@ std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
   if (current_ == nullptr || current_->full()) {
     const int64_t wanted = std::clamp(expected_pages_ * page_bytes_, kExtentBytesMin, kExtentBytesMax);
     current_.reset();  // before allocating, so that an extent nobody else uses can be reused
-    current_ = std::make_shared<Extent>(space_, page_bytes_, std::max<int64_t>(1, wanted / page_bytes_));
+    const int64_t page_count = std::max<int64_t>(1, wanted / page_bytes_);
+    try {
+      current_ = std::make_shared<Extent>(space_, page_bytes_, page_count);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kNoSpace || page_count == 1) throw;
+      current_ = std::make_shared<Extent>(space_, page_bytes_, 1);  // the last of the drive goes page by page
+    }
   }
   expected_pages_ = std::max<int64_t>(0, expected_pages_ - 1);
   return {current_->take(), current_};

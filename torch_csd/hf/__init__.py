@@ -1,0 +1,15 @@
+"""Everything that names transformers: the cache, the attention function, and how a model comes to use them.
+
+Importing this module registers `attn_implementation="csd"`; `torch_csd` imports it when transformers is
+installed.
+"""
+
+from __future__ import annotations
+
+from torch_csd.hf.attention import register
+from torch_csd.hf.cache import StorageCache
+from torch_csd.hf.swap import swap_attention
+
+__all__ = ["StorageCache", "swap_attention"]
+
+register()
