@@ -1,0 +1,75 @@
+# Two commands do everything on a fresh machine with Python >= 3.10, g++ and make:
+#
+#   make run     virtual environment, build, then the main job on the bundled example
+#   make test    the same set-up, then the tests
+#
+# A second call does only what changed. Variables: PYTHON=python3.12, VENV=.venv, PYTEST_ARGS="-k cli".
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+EXAMPLE := build/example
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# The budget is a fraction of the example's cache, so that most of it must lie on the drive.
+EXAMPLE_FLAGS := --max-new-tokens 96 --batch-size 2 --memory-budget 32MiB
+
+.PHONY: run test build lint format clean help
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make run      set up, build, and generate text from the bundled example with its KV cache on the drive'
+	@echo 'make test     set up, build, and run the tests'
+	@echo 'make build    set up and build only'
+	@echo 'make lint     ruff and clang-format, changing nothing'
+	@echo 'make format   ruff and clang-format, in place'
+	@echo 'make clean    remove what was built, the virtual environment included'
+
+run: build $(EXAMPLE)/model/prompts.jsonl
+	@rm -f $(EXAMPLE)/output.jsonl
+	@mkdir -p $(EXAMPLE)/kv
+	$(BIN)/torch-csd generate --model $(EXAMPLE)/model --prompts $(EXAMPLE)/model/prompts.jsonl \
+	  --kv-dir $(EXAMPLE)/kv --output $(EXAMPLE)/output.jsonl $(EXAMPLE_FLAGS)
+	@$(BIN)/python tools/compare_with_memory.py $(EXAMPLE)/model $(EXAMPLE)/output.jsonl
+
+# Passive: the models of the tests are tiny, and torch's waiting threads would spin on cores that others need.
+test: build
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*.cpp)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE) $(wildcard tests/native/*.cpp)
+
+clean:
+	rm -rf build dist *.egg-info torch_csd/*.so $(VENV)
+
+# ---- what the targets above stand on; each stamp lies in the environment, so that both go together ----
+
+$(VENV)/bin/python:
+	@tools/check-machine $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) setuptools wheel packaging ninja torch
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.built: setup.py $(NATIVE) $(VENV)/.installed
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(EXAMPLE)/model/prompts.jsonl: $(wildcard torch_csd/example/*.py) | $(VENV)/.built
+	$(BIN)/python -m torch_csd.example --output $(EXAMPLE)/model
