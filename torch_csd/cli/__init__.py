@@ -1,0 +1,163 @@
+"""The command `torch-csd`: what can be typed and what it means. The modules beside this do the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torch_csd.cli.report import UserError, fail
+from torch_csd.version import __version__
+
+app = typer.Typer(
+    name="torch-csd",
+    help="Long contexts with the KV cache on a drive, and the attention computed next to it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"torch-csd {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str,
+        typer.Option(help="Directory of a Hugging Face checkpoint, or its name on the hub.", metavar="DIR|NAME"),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines, each {"prompt": "..."} or {"messages": [...]}, with an "id" if you like '
+            "(else the line's number).",
+            metavar="FILE.jsonl",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt, in place of a file; may be repeated.", metavar="TEXT")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the rows go; default: standard output. Rows that it has are not done again.",
+            metavar="FILE.jsonl",
+        ),
+    ] = None,
+    kv_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for the KV cache, best on an NVMe drive. Default: $TORCH_CSD_DIRECTORY, else the "
+            "temporary directory. Nothing is left in it.",
+            metavar="DIR",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens to generate for each row, at most.")
+    ] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows generated together.")] = 1,
+    memory_budget: Annotated[
+        str,
+        typer.Option(help="Memory that the KV cache may use; the rest goes to the drive.", metavar="SIZE"),
+    ] = "1GiB",
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of stored K and V: float32, bfloat16, float16. Default: the model's.", metavar="DTYPE"),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Type of the weights: auto (as saved), float32, bfloat16, float16.", metavar="DTYPE"),
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")] = "cpu",
+    attn_implementation: Annotated[
+        str,
+        typer.Option(
+            help='"csd", or one of transformers\' own: "sdpa", "eager"; all of them read the drive.', metavar="NAME"
+        ),
+    ] = "csd",
+    prefill_chunk_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Feed prompts to the model in pieces of so many tokens.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, metavar="N", help="Beams; 1 is no beam search.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Sample at this temperature. Default: greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that make up this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")] = 0,
+) -> None:
+    """Generate text for many prompts, with the KV cache on a drive.
+
+    Each row is on disk in OUTPUT before the next batch starts. After an interruption the same command goes on
+    where it stopped; rows that failed are tried again. Exit code: 0 all done, 1 some failed, 2 bad arguments.
+    """
+    from torch_csd.cli.generate import Settings, run
+
+    try:
+        settings = Settings(
+            model=model,
+            kv_dir=kv_dir,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+            kv_dtype=kv_dtype,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            prefill_chunk_size=prefill_chunk_size,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        raise typer.Exit(run(settings, prompts_file=prompts, prompt_texts=prompt or [], output=output))
+    except UserError as error:
+        fail(error)
+
+
+@app.command()
+def probe(
+    directory: Annotated[Path, typer.Argument(help="A directory on the drive in question.")],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also write and read 128 MiB through a store, and time it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show how a directory's drive would be reached: which I/O engine, O_DIRECT or not, and why."""
+    from torch_csd.cli.drive import show_probe
+
+    try:
+        show_probe(directory, measure=measure, as_json=as_json)
+    except UserError as error:
+        fail(error)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A directory that stores use.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show what stores keep in a directory: pool files, and the scratch files of running processes."""
+    from torch_csd.cli.drive import show_contents
+
+    try:
+        show_contents(directory, as_json=as_json)
+    except UserError as error:
+        fail(error)

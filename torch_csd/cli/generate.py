@@ -1,0 +1,349 @@
+"""`torch-csd generate`: batches of prompts through a model whose KV cache lies on a drive."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_csd import KVStore, StorageCache, StoreError, swap_attention
+from torch_csd.cli.report import UserError, count, format_bytes, one_line, say, stderr_console
+from torch_csd.cli.rows import OutputRows, Prompt, read_prompts
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOVED_BYTES = ("drive_read_bytes", "resident_read_bytes", "drive_written_bytes")
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    kv_dir: Path | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    memory_budget: str = "1GiB"
+    kv_dtype: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    attn_implementation: str = "csd"
+    prefill_chunk_size: int | None = None
+    num_beams: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    @property
+    def do_sample(self) -> bool:
+        return self.temperature is not None or self.top_p is not None
+
+
+@dataclass
+class Moved:
+    """What all the batches moved, and by which path."""
+
+    byte_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOVED_BYTES, 0))
+    how: str = ""
+
+    def add(self, stats: dict) -> None:
+        for name in MOVED_BYTES:
+            self.byte_counts[name] += stats[name]
+        self.how = f"{stats['io_engine']}, {'O_DIRECT' if stats['direct_io'] else 'buffered'}"
+
+    def __str__(self) -> str:
+        drive, resident, written = (format_bytes(self.byte_counts[name]) for name in MOVED_BYTES)
+        how = f" ({self.how})" if self.how else ""
+        return f"KV: {drive} from the drive{how}, {resident} from memory, {written} written"
+
+
+def run(settings: Settings, *, prompts_file: Path | None, prompt_texts: list[str], output: Path | None) -> int:
+    """Does what is left to do; returns the exit code.
+
+    Raises:
+        UserError: the arguments cannot work. Nothing was generated.
+    """
+    if (prompts_file is None) == (not prompt_texts):
+        raise UserError("wanted --prompts FILE or --prompt TEXT, one of them")
+    if prompts_file is not None:
+        prompts, broken = read_prompts(prompts_file)
+    else:
+        prompts, broken = [Prompt(number, text) for number, text in enumerate(prompt_texts, start=1)], []
+    _check(settings)
+    with OutputRows(output) as rows:
+        todo = [prompt for prompt in prompts if not rows.is_finished(prompt)]
+        if len(todo) < len(prompts):
+            say(f"{len(prompts) - len(todo)} of {count(len(prompts), 'row')} in {output} already")
+        # First of all, so that nobody learns of a broken line only after hours.
+        for row in broken:
+            rows.write({"id": row.id, "error": row.error})
+            say(f"row {row.id}: {row.error}", style="red")
+        failed_count = len(broken)
+        if todo:
+            with _quiet_libraries():
+                with stderr_console().status(f"loading {settings.model}"):
+                    job = Job(settings, *load(settings))
+                try:
+                    failed_count += job.run(todo, rows)
+                except KeyboardInterrupt:
+                    go_on = "; the same command goes on from there" if output else ""
+                    say(f"interrupted after {count(job.done_count, 'row')}{go_on}")
+                    return 130
+            say(job.summary())
+    if failed_count:
+        where = f"; their errors are in {output}" if output else ""
+        say(f"{count(failed_count, 'row')} failed{where}", style="red")
+        return 1
+    return 0
+
+
+def _check(settings: Settings) -> None:
+    """Finds out before a model is loaded what would fail only after."""
+    if settings.dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {settings.dtype!r}")
+    if settings.temperature is not None and settings.temperature <= 0:
+        raise UserError(f"--temperature must be above 0, got {settings.temperature}; without it, decoding is greedy")
+    if settings.top_p is not None and not 0 < settings.top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, got {settings.top_p}")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {settings.device}: {one_line(error)}") from None
+    looks_like_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
+    if looks_like_path and not Path(settings.model).is_dir():
+        raise UserError(f"--model {settings.model}: no such directory")
+    try:
+        KVStore(settings.kv_dir, memory_budget=settings.memory_budget, kv_dtype=settings.kv_dtype).close()
+    except (StoreError, ValueError) as error:
+        raise UserError(one_line(error)) from None
+
+
+def load(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # "csd" is set after loading: not every model lets it be chosen, and swap_attention knows what to do then.
+    chosen = {} if settings.attn_implementation == "csd" else {"attn_implementation": settings.attn_implementation}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, **chosen)
+        if not chosen:
+            swap_attention(model)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"cannot load the model {settings.model}: {one_line(error)}") from None
+    return model.to(settings.device).eval(), tokenizer
+
+
+class Job:
+    """A loaded model and what it has done so far."""
+
+    def __init__(self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.settings = settings
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation_config = self._generation_config()
+        self.moved = Moved()
+        self.done_count = 0
+        self.token_count = 0
+        self.start_s = time.monotonic()
+
+    def _generation_config(self) -> transformers.GenerationConfig:
+        """The checkpoint's own, less what would contradict the command line: greedy unless told to sample."""
+        config = copy.deepcopy(self.model.generation_config)
+        settings = self.settings
+        pad_token_id = self.tokenizer.pad_token_id
+        if pad_token_id is None:
+            pad_token_id = self.tokenizer.eos_token_id
+        config.update(
+            do_sample=settings.do_sample,
+            temperature=(settings.temperature or 1.0) if settings.do_sample else None,
+            top_p=(settings.top_p or 1.0) if settings.do_sample else None,
+            top_k=0 if settings.do_sample else None,
+            num_beams=settings.num_beams,
+            max_new_tokens=settings.max_new_tokens,
+            max_length=None,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            use_cache=True,
+            prefill_chunk_size=settings.prefill_chunk_size,
+            cache_implementation=None,  # the cache is ours
+            pad_token_id=0 if pad_token_id is None else pad_token_id,
+        )
+        return config
+
+    def run(self, prompts: list[Prompt], rows: OutputRows) -> int:
+        """Generates for every prompt and writes its row; returns how many failed."""
+        failed_count = 0
+        with _ProgressBar(len(prompts)) as progress:
+            for begin in range(0, len(prompts), self.settings.batch_size):
+                batch = prompts[begin : begin + self.settings.batch_size]
+                for row in self._batch_rows(batch, progress):
+                    rows.write(row)
+                    if "error" in row:
+                        failed_count += 1
+                        say(f"row {row['id']}: {row['error']}", style="red")
+                    else:
+                        self.done_count += 1
+                        self.token_count += row["tokens"]
+                progress.finish(len(batch), self.token_count)
+        return failed_count
+
+    def _batch_rows(self, prompts: list[Prompt], progress: _ProgressBar) -> Iterator[dict]:
+        try:
+            encoded = [self._encode(prompt) for prompt in prompts]
+            yield from self._generate(prompts, encoded, progress)
+        except Exception as error:
+            if len(prompts) == 1:
+                yield prompts[0].as_row() | {"error": f"{type(error).__name__}: {one_line(error)}"}
+                return
+            # One row that does not fit, or cannot be encoded, must not cost its neighbours theirs.
+            for prompt in prompts:
+                yield from self._batch_rows([prompt], progress)
+
+    def _encode(self, prompt: Prompt) -> torch.Tensor:
+        """Token ids, [tokens]."""
+        text = prompt.content
+        if not isinstance(text, str):
+            if not self.tokenizer.chat_template:
+                raise ValueError('"messages" need a chat template, and this tokenizer has none; use "prompt"')
+            text = self.tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        else:
+            ids = self.tokenizer(text)["input_ids"]
+        if not ids:
+            raise ValueError("the prompt has no tokens")
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and len(ids) + self.settings.max_new_tokens > limit:
+            say(
+                f"row {prompt.id}: {len(ids)} tokens and {self.settings.max_new_tokens} new ones are more "
+                f"than the {limit} positions that the model was made for",
+                style="yellow",
+            )
+        return torch.tensor(ids)
+
+    def _generate(self, prompts: list[Prompt], encoded: list[torch.Tensor], progress: _ProgressBar) -> list[dict]:
+        pad_token_id = self.generation_config.pad_token_id
+        input_ids = pad_sequence(encoded, batch_first=True, padding_value=pad_token_id, padding_side="left")
+        attention_mask = pad_sequence([torch.ones_like(ids) for ids in encoded], batch_first=True, padding_side="left")
+        if self.settings.do_sample:
+            # By row, so that going on after an interruption does not replay the draws of the rows before it.
+            torch.manual_seed(self.settings.seed + zlib.crc32(str(prompts[0].id).encode()))
+        progress.start(len(prompts), sum(len(ids) for ids in encoded))
+        with StorageCache(
+            self.model.config,
+            self.settings.kv_dir,
+            kv_dtype=self.settings.kv_dtype,
+            memory_budget=self.settings.memory_budget,
+        ) as cache:
+            try:
+                sequences = self.model.generate(
+                    input_ids.to(self.settings.device),
+                    attention_mask=attention_mask.to(self.settings.device),
+                    past_key_values=cache,
+                    generation_config=self.generation_config,
+                    stopping_criteria=[progress.tick],
+                )
+            finally:
+                self.moved.add(cache.stats())
+        return [
+            self._finished_row(prompt, len(ids), new_ids)
+            for prompt, ids, new_ids in zip(prompts, encoded, sequences[:, input_ids.shape[1] :].tolist(), strict=True)
+        ]
+
+    def _finished_row(self, prompt: Prompt, prompt_tokens: int, new_ids: list[int]) -> dict:
+        eos_ids = self.generation_config.eos_token_id
+        eos_ids = set(eos_ids) if isinstance(eos_ids, list) else {eos_ids}
+        # Whatever follows the end of a sequence is padding, up to the longest of the batch.
+        stop = next((index for index, token in enumerate(new_ids) if token in eos_ids), None)
+        if stop is not None:
+            new_ids = new_ids[: stop + 1]
+        return prompt.as_row() | {
+            "text": self.tokenizer.decode(new_ids, skip_special_tokens=True),
+            "tokens": len(new_ids),
+            "prompt_tokens": prompt_tokens,
+            "finish_reason": "length" if stop is None else "stop",
+        }
+
+    def summary(self) -> str:
+        elapsed_s = time.monotonic() - self.start_s
+        done = f"{count(self.done_count, 'row')}, {count(self.token_count, 'token')} in {elapsed_s:.1f} s"
+        return f"{done} ({self.token_count / elapsed_s:.1f} tok/s); {self.moved}"
+
+
+class _ProgressBar:
+    """Rows done and tokens per second: a live bar on a terminal, else one line for each batch."""
+
+    def __init__(self, row_count: int) -> None:
+        self._row_count = row_count
+        self._rows_done = 0
+        self._tokens_before = 0  # of finished batches
+        self._batch_steps = 0
+        self._batch_rows = 0
+        self._start_s = time.monotonic()
+        console = stderr_console()
+        self._is_live = console.is_terminal
+        self._bar = Progress(
+            TextColumn("rows"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._is_live,
+        )
+        self._task = self._bar.add_task("rows", total=row_count, state="")
+
+    def __enter__(self) -> _ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def start(self, row_count: int, prompt_tokens: int) -> None:
+        """A batch begins: so many rows, with so many tokens to read in all."""
+        self._batch_rows = row_count
+        self._batch_steps = 0
+        self._bar.update(self._task, state=f"reading {prompt_tokens} tokens")
+
+    def tick(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        """A stopping criterion that stops nothing: generate() calls it after every token."""
+        self._batch_steps += 1
+        self._show(self._tokens_before + self._batch_steps * self._batch_rows)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def finish(self, row_count: int, token_count: int) -> None:
+        """A batch is done: so many rows, and so many tokens with all before it."""
+        self._rows_done += row_count
+        self._tokens_before = token_count
+        self._show(token_count)
+        self._bar.update(self._task, completed=self._rows_done)
+        if not self._is_live:
+            say(f"{self._rows_done}/{self._row_count} rows, {token_count} tokens, {self._elapsed_s():.1f} s")
+
+    def _show(self, token_count: int) -> None:
+        self._bar.update(self._task, state=f"{token_count} tokens, {token_count / self._elapsed_s():.1f} tok/s")
+
+    def _elapsed_s(self) -> float:
+        return max(time.monotonic() - self._start_s, 1e-6)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Warnings are shown as one line each; transformers says only what is an error."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if issubclass(category, UserWarning):
+            say(f"warning: {message}", style="yellow")
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

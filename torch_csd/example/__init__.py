@@ -1,0 +1,1 @@
+"""The bundled example: a small Llama whose answers show whether its KV cache is right. Nothing is fetched."""
