@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, assert_attention_equal, random_kv
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import DTYPES, assert_attention_equal, random_kv
 
 from torch_csd import reference
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, assert_attention_equal, random_kv
+from support import DTYPES, assert_attention_equal, random_kv
 
 from torch_csd import StorageTensor, reference
 

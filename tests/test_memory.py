@@ -82,7 +82,7 @@ def test_that_bound_would_be_seen_to_fail(tmp_path):
 
 @pytest.mark.parametrize("budget", ["1MiB", "8MiB", "40MiB", "200MiB"])
 def test_memory_in_use_stays_within_any_budget(make_store, budget):
-    from conftest import random_kv
+    from support import random_kv
 
     from torch_csd.config import parse_bytes
 

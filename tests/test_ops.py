@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_kv
+from support import random_kv
 
 import torch_csd
 from torch_csd import StorageTensor, ops

@@ -15,10 +15,10 @@ import time
 
 import pytest
 import torch
-from conftest import DTYPES, random_kv
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
+from support import DTYPES, random_kv
 
 from torch_csd import (
     KVStore,

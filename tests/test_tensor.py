@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_kv
+from support import random_kv
 
 import torch_csd
 from torch_csd import StaleTensorError, StorageTensor, reference

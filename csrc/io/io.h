@@ -81,8 +81,8 @@ OpenedFile open_scratch_file(const std::string& directory, const std::string& io
 
 struct ProbeResult {
   std::string directory;
-  std::string file_system;  // e.g. "ext4", "tmpfs", from statfs; hex when unknown
-  std::string device;       // major:minor and, where sysfs tells, its name and model
+  std::string file_system;            // e.g. "ext4", "tmpfs", from statfs; hex when unknown
+  std::string device;                 // major:minor and, where sysfs tells, its name and model
   OpenedFile chosen;                  // closed: fd = -1
   std::vector<std::string> verdicts;  // one line per engine x mode tried
 };
