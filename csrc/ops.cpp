@@ -31,8 +31,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kHandleSize = 3;
 
-// ---- handles
-// ----------------------------------------------------------------------------------------------------
+// ---- handles ----
 
 std::mutex registry_mutex;
 
@@ -67,8 +66,7 @@ Handle open_handle(const Tensor& handle) {
   return {found->second, values[1], values[2]};
 }
 
-// ---- tensors
-// ----------------------------------------------------------------------------------------------------
+// ---- tensors ----
 
 DType to_dtype(ScalarType type, const char* what) {
   switch (type) {
@@ -137,8 +135,7 @@ const float* head_values(const std::optional<Tensor>& tensor, int64_t num_heads,
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
-MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num_heads, int64_t q_len,
-                   int64_t kv_len) {
+MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num_heads, int64_t q_len) {
   MaskView view;
   if (!mask.has_value()) return view;
   check_rank4(*mask, "mask", "[batch, num_heads, q_len, kv_len]");
@@ -158,21 +155,21 @@ MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num
     default:
       fail("mask must be bool (True: attend) or float32, bfloat16 or float16 (added to the scores)");
   }
-  const int64_t wanted[4] = {batch, num_heads, q_len, kv_len};
+  const int64_t wanted[3] = {batch, num_heads, q_len};
   for (int64_t i = 0; i < 4; ++i) {
     const int64_t size = mask->size(i);
-    if (size != wanted[i] && size != 1) {
+    if (i < 3 && size != wanted[i] && size != 1) {
       fail("mask must be broadcastable to [" + text(batch) + ", " + text(num_heads) + ", " + text(q_len) +
-           ", " + text(kv_len) + "], got size " + text(size) + " in dimension " + text(i));
+           ", kv_len], got size " + text(size) + " in dimension " + text(i));
     }
     view.strides[i] = size == 1 ? 0 : mask->stride(i);
   }
+  view.kv_len = mask->size(3);  // the drive compares it, when it knows how long the rows are
   view.data = mask->const_data_ptr();
   return view;
 }
 
-// ---- stores
-// -----------------------------------------------------------------------------------------------------
+// ---- stores ----
 
 void close(const Tensor& drive) {
   std::shared_ptr<Drive> closing;  // its destructor waits for I/O: outside of the lock
@@ -301,19 +298,18 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
 
 void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
 
-// ---- computing
-// --------------------------------------------------------------------------------------------------
+// ---- computing ----
 
 std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask,
                                   std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
                                   double scale, int64_t causal, int64_t window, double softcap,
                                   int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
-  const LayerInfo info = source.drive->info(source.layer);
+  const Geometry geometry = source.drive->info(source.layer).geometry;
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
-  check_heads(q_any.size(1), info.geometry, "q");
-  check_width(q_any.size(3), info.geometry.head_dim_k, "q's head_dim");
-  check_width(head_dim_v, info.geometry.head_dim_v, "head_dim_v");
+  check_heads(q_any.size(1), geometry, "q");
+  check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
+  check_width(head_dim_v, geometry.head_dim_v, "head_dim_v");
   if (causal < 0 || causal > 2) fail("causal must be 0 (none), 1 (lower right) or 2 (upper left)");
   if (window < 0) fail("window must be positive, or 0 for none, got " + text(window));
   const Tensor q = dense_last(q_any);
@@ -326,12 +322,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.causal = static_cast<Causal>(causal);
   request.window = window;
   request.softcap = static_cast<float>(softcap);
-  int64_t kv_len = kv_end - kv_begin;
-  if (kv_end < 0) {
-    kv_len = 0;
-    for (const int64_t length : info.lengths) kv_len = std::max(kv_len, length - kv_begin);
-  }
-  request.mask = mask_view(mask, request.span.row_count, request.num_heads, request.q_len, kv_len);
+  request.mask = mask_view(mask, request.span.row_count, request.num_heads, request.q_len);
   request.sinks = head_values(sinks, request.num_heads, "sinks");
   request.alibi_slopes = head_values(alibi_slopes, request.num_heads, "alibi_slopes");
   Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
@@ -399,8 +390,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   return out;
 }
 
-// ---- reporting
-// --------------------------------------------------------------------------------------------------
+// ---- reporting ----
 
 // Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
 Tensor text_tensor(const std::string& value) {

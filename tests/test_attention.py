@@ -142,6 +142,14 @@ def test_a_query_that_sees_nothing_gets_zero_and_minus_infinity(make_store, simd
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
+def test_queries_far_behind_the_tokens_see_nothing(make_store, simd):
+    """Their windows begin behind the end of the row, where there are no pages."""
+    k, v = random_kv(1, 1, 10, 16)
+    q = torch.randn(1, 1, 400, 16)
+    options = dict(causal="upper_left", window=4)
+    assert_equal(*attend_both(make_store(simd=simd), k, v, q, **options))
+
+
 def test_values_at_the_edge_of_float32_behave_as_in_torch(make_store, simd):
     k, v = random_kv(1, 1, 100, 16)
     q = torch.randn(1, 1, 4, 16)
@@ -192,6 +200,29 @@ def test_kv_dtype_narrower_than_the_model_rounds_once(make_store, simd):
     expected = reference.attention(q, k.bfloat16(), v.bfloat16())
     assert_equal(store.attend(0, q), expected)
     assert store.read(0)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other"])
+def test_a_mask_may_have_any_strides(make_store, layout):
+    k, v = random_kv(2, 2, 90, 16)
+    q = torch.randn(2, 4, 5, 16)
+    mask = {
+        "transposed": torch.randn(90, 5, 4, 2).permute(3, 2, 1, 0),
+        "expanded": torch.randn(1, 1, 5, 1).expand(2, 4, 5, 90),
+        "every other": torch.randn(2, 4, 5, 180)[..., ::2],
+    }[layout]
+    sinks = torch.randn(8)[::2]
+    assert_equal(*attend_both(make_store(), k, v, q, mask=mask, sinks=sinks))
+
+
+def test_sinks_alone_are_attended_to_when_there_are_no_tokens(make_store):
+    store = make_store()
+    store.append(0, *random_kv(1, 1, 3, 16))
+    store.truncate(0, 0)
+    sinks = torch.tensor([0.5, -1.0])
+    q = torch.zeros(1, 2, 1, 16)
+    empty = torch.zeros(1, 1, 0, 16)
+    assert_equal(store.attend(0, q, sinks=sinks), reference.attention(q, empty, empty, sinks=sinks))
 
 
 def test_threads_do_not_change_attention(make_store):

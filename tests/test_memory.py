@@ -94,5 +94,5 @@ def test_memory_in_use_stays_within_any_budget(make_store, budget):
     for layer in range(3):
         store.attend(layer, torch.randn(2, 8, 300, 32), causal=True)
         store.attend(layer, torch.randn(2, 8, 1, 32))
-    # One block of queries and one page are the least that a pass works on.
+    # One query of all heads is the least that a pass works on.
     assert store.stats()["memory_used_bytes"] <= parse_bytes(budget) + 256 * 1024

@@ -219,6 +219,28 @@ def test_products_with_a_single_kv_head_broadcast(make_store):
     )
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 90])
+def test_repeat_kv_works_where_dimensions_are_of_size_one(make_store, batch, kv_heads, group, tokens):
+    store = make_store()
+    k, v = random_kv(batch, kv_heads, tokens, HEAD_DIM)
+    store.append(0, k, v)
+    K, V = (repeat_kv(x, group) for x in StorageTensor.pair(store, 0))
+    k, v = repeat_kv(k, group), repeat_kv(v, group)
+    q = torch.randn(batch, kv_heads * group, 2, HEAD_DIM)
+    weights = torch.matmul(q, K.transpose(2, 3))
+    assert_close(weights, q @ k.transpose(2, 3))
+    p = (0.1 * weights).softmax(-1)
+    assert_close(torch.matmul(p, V), p @ v)
+    assert_close(F.scaled_dot_product_attention(q, K, V), F.scaled_dot_product_attention(q, k, v))
+    rows = batch * kv_heads * group
+    K_rows, k_rows = (x.reshape(rows, tokens, HEAD_DIM) for x in (K, k))
+    assert_close(torch.bmm(q.flatten(0, 1), K_rows.mT), torch.bmm(q.flatten(0, 1), k_rows.mT))
+    assert torch.equal(K.to_dense(), k)
+
+
 def test_a_stored_left_factor_is_refused(stored):
     _, _, _, K, _ = stored
     with pytest.raises(NotImplementedError, match="right factor"):
@@ -256,6 +278,11 @@ def test_a_stored_left_factor_is_refused(stored):
         lambda x: x.cpu(),
         lambda x: x.float(),
         lambda x: x.narrow(2, 10, 20),
+        lambda x: x[:1].squeeze(),
+        lambda x: x[:1].view(1, KV_HEADS, TOKENS, HEAD_DIM),
+        lambda x: x.unbind(0)[1],
+        lambda x: x.split(64, dim=2)[3],
+        lambda x: x.chunk(2, dim=1)[1],
     ],
 )
 @pytest.mark.parametrize("values", [False, True])
@@ -358,6 +385,27 @@ def test_torch_cat_with_new_tokens_is_an_append(stored):
         F.scaled_dot_product_attention(q, K, V, enable_gqa=True),
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
     )
+
+
+def test_half_an_append_by_torch_cat_is_noticed(stored):
+    _, _, _, K, V = stored
+    new_k, new_v = random_kv(BATCH, KV_HEADS, 5, HEAD_DIM, seed=10)
+    grown = torch.cat([K, new_k], dim=2)
+    with pytest.raises(NotImplementedError, match="torch.cat those of V too"):
+        torch.cat([K, new_k], dim=2)
+    with pytest.raises(ValueError, match="wanted tokens up to position 205"):
+        grown.to_dense()
+    torch.cat([V, new_v], dim=2)
+    assert grown.to_dense().shape[2] == TOKENS + 5
+
+
+def test_an_index_out_of_range_is_an_index_error(stored):
+    _, _, _, K, _ = stored
+    for index in (TOKENS, -TOKENS - 1):
+        with pytest.raises(IndexError):
+            K[:, :, index]
+    with pytest.raises(IndexError):
+        K[:, :, 10:20].select(2, 15)
 
 
 def test_gradients_are_refused_at_the_backward(stored):

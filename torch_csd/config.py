@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import tempfile
@@ -23,6 +24,8 @@ _KV_DTYPES = {
     "fp16": torch.float16,
 }
 
+_INT_MAX = 2**62  # of positions and sizes: sums of two still fit the native side's 64 bits
+
 IO_ENGINES = ("auto", "io_uring", "pread")
 
 
@@ -35,13 +38,27 @@ def parse_bytes(size: int | str) -> int:
         ValueError: if it is not a size, or negative.
     """
     if isinstance(size, int) and not isinstance(size, bool):
-        if size < 0:
-            raise ValueError(f"a size in bytes must not be negative, got {size}")
-        return size
+        return as_int(size, "a size in bytes", low=0)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     if match is None or match.group(2).upper() not in _UNITS:
         raise ValueError(f'a size must be a number of bytes or text such as "512MiB" or "2GiB", got {size!r}')
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    return as_int(int(float(match.group(1)) * _UNITS[match.group(2).upper()]), f"size {size!r} in bytes")
+
+
+def as_int(value: object, name: str, *, low: int = -_INT_MAX, high: int = _INT_MAX) -> int:
+    """``value`` as an int from ``low`` to ``high``.
+
+    Raises:
+        TypeError: it is not an integer. ValueError: it is out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if not low <= number <= high:
+        wanted = f"at least {low}" if number < low else f"at most {high}"
+        raise ValueError(f"{name} must be {wanted}, got {number}")
+    return number
 
 
 def parse_kv_dtype(kv_dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -55,6 +72,20 @@ def parse_kv_dtype(kv_dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(kv_dtype, str) and kv_dtype.lower() in _KV_DTYPES:
         return _KV_DTYPES[kv_dtype.lower()]
     raise ValueError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)} or None (as the model's), got {kv_dtype!r}")
+
+
+def directory_path(directory: str | os.PathLike[str]) -> str:
+    """The absolute path of a directory, as text that can be passed on.
+
+    Raises:
+        ValueError: its name is not valid UTF-8. TypeError: it is not a path.
+    """
+    path = os.path.abspath(os.fspath(directory))
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"directory must be a name in UTF-8, got {path!r}; choose another") from None
+    return path
 
 
 @dataclass(frozen=True)
@@ -96,17 +127,15 @@ class StoreConfig:
             raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
         if threads is None:
             threads = torch.get_num_threads()
-        if not 1 <= threads <= 1024:
-            raise ValueError(f"threads must be from 1 to 1024, got {threads}")
-        if not 2 <= queue_depth <= 1024:
-            raise ValueError(f"queue_depth must be from 2 to 1024, got {queue_depth}")
+        if simd is not None and not isinstance(simd, str):
+            raise TypeError(f'simd must be text such as "avx2", or None, got {simd!r}')
         return StoreConfig(
-            directory=os.path.abspath(os.fspath(directory)),
+            directory=directory_path(directory),
             memory_budget_bytes=parse_bytes(memory_budget),
             kv_dtype=parse_kv_dtype(kv_dtype),
             io_engine=io_engine,
             simd=simd or os.environ.get("TORCH_CSD_SIMD") or "auto",
-            threads=threads,
-            queue_depth=queue_depth,
+            threads=as_int(threads, "threads", low=1, high=1024),
+            queue_depth=as_int(queue_depth, "queue_depth", low=2, high=1024),
             resident=bool(resident),
         )

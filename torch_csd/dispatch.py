@@ -199,6 +199,12 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> StorageTensor:
             f"StorageTensor: torch.cat must start from all stored tokens; {past!r} is not at the end of its layer"
         )
     pending = past._pair.pending
+    if view.values in pending:
+        part, other = ("V", "K") if view.values else ("K", "V")
+        raise NotImplementedError(
+            f"StorageTensor: {part} was given new tokens already; torch.cat those of {other} too, then go on from the "
+            f"tensors that torch.cat returned"
+        )
     pending[view.values] = new
     if len(pending) == 2:
         ops.append(past._handle, pending.pop(False).detach(), pending.pop(True).detach())
@@ -337,7 +343,10 @@ def _select(tensor: StorageTensor, dim: int, index: int) -> StorageTensor:
             f"StorageTensor: an index into {_names((names,))}; rows, kv heads and tokens can be selected, "
             f"use .to_dense() first for the rest"
         )
-    index = index + view.axis_size(names) if index < 0 else index
+    size = view.axis_size(names)
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is out of range for dimension {dim} of size {size}")
+    index = index + size if index < 0 else index
     return tensor.with_view(_narrow(view, names[0], index, 1).replace(axes=tuple(axes)))
 
 
@@ -356,6 +365,23 @@ def _squeeze(tensor: StorageTensor, dim: int) -> StorageTensor:
     axes = list(view.axes)
     del axes[dim]
     return tensor.with_view(view.replace(axes=tuple(axes)))
+
+
+@_aten(aten.squeeze.default)
+def _squeeze_all(tensor: StorageTensor) -> StorageTensor:
+    view = tensor._view
+    return tensor.with_view(view.replace(axes=tuple(names for names in view.axes if view.axis_size(names) != 1)))
+
+
+@_aten(aten.unbind.int)
+def _unbind(tensor: StorageTensor, dim: int = 0) -> tuple[StorageTensor, ...]:
+    return tuple(_select(tensor, dim, index) for index in range(tensor._view.axis_size(tensor._view.axes[dim])))
+
+
+@_aten(aten.split.Tensor)
+def _split(tensor: StorageTensor, split_size: int, dim: int = 0) -> tuple[StorageTensor, ...]:
+    size = tensor._view.axis_size(tensor._view.axes[dim])
+    return tuple(_slice(tensor, dim, begin, begin + split_size) for begin in range(0, size, split_size))
 
 
 @_aten(aten.transpose.int)
@@ -405,27 +431,25 @@ def _view(tensor: StorageTensor, shape: list[int]) -> StorageTensor:
     if -1 in wanted:
         known = math.prod(size for size in wanted if size != -1)
         wanted[wanted.index(-1)] = math.prod(view.shape()) // max(known, 1)
-    names = [name for axis in view.axes for name in axis]
+    names = [name for axis in view.axes for name in axis if name != REPEAT or view.repeat != 1]
     axes: list[tuple[str, ...]] = []
-    for size in wanted:
+    # From the right, so that of stored dimensions of size 1 tokens are matched before heads, and heads before rows.
+    for size in reversed(wanted):
         axis: list[str] = []
         filled = 1
-        while filled != size and names:
-            filled = filled * view.size(names[0])
-            axis.append(names.pop(0))
+        while names and (filled != size or (size == 1 and not axis and view.size(names[-1]) == 1)):
+            filled = filled * view.size(names[-1])
+            axis.insert(0, names.pop())
+            if axis[0] == REPEAT and names and names[-1] == HEAD and view.head_count == 1:
+                axis.insert(0, names.pop())  # a single kv head stays with its repetition
         if filled != size:
             raise NotImplementedError(
                 f"StorageTensor: view of {list(view.shape())} ({_names(view.axes)}) as {list(shape)} splits a stored "
                 f"dimension; use .to_dense() first"
             )
-        axes.append(tuple(axis))
-    # Stored dimensions of size 1 that no wanted size asked for stay where a dimension of size 1 is.
-    for name in names:
-        if view.size(name) != 1 or () not in axes:
-            raise NotImplementedError(
-                f"StorageTensor: view of {list(view.shape())} as {list(shape)} drops {name}; use .to_dense() first"
-            )
-        axes[axes.index(())] = (name,)
+        axes.insert(0, tuple(axis))
+    if names:  # of size 1, for which no dimension was wanted
+        axes[0] = (*names, *axes[0])
     return tensor.with_view(view.replace(axes=tuple(axes)))
 
 

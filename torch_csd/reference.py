@@ -59,7 +59,7 @@ def attention(
     if sinks is not None:
         column = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=3)
-        v = torch.cat([v, torch.zeros_like(v[:, :, :1])], dim=2)
+        v = torch.cat([v, v.new_zeros(*v.shape[:2], 1, v.shape[3])], dim=2)
     lse = torch.logsumexp(scores, dim=3)
     p = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
     return p @ v, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_csd import ops
-from torch_csd.config import IO_ENGINES, StoreConfig
+from torch_csd.config import IO_ENGINES, StoreConfig, as_int, directory_path
 from torch_csd.errors import StoreClosedError
 
 CAUSAL = {
@@ -51,7 +52,7 @@ class _Drive:
             queue_depth=config.queue_depth,
             resident=config.resident,
         )
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may run in the middle of acquire()
         self._users = 0
         self._finalizer = weakref.finalize(self, _close_quietly, self.handle, os.getpid())
 
@@ -129,6 +130,7 @@ class KVStore:
     def _attach(self, drive: _Drive) -> None:
         self._drive = drive
         self._layers: dict[int, StoredLayer] = {}
+        self._lock = threading.RLock()  # of _layers
         drive.acquire()
         self._finalizer = weakref.finalize(self, _release, drive, self._layers, os.getpid())
 
@@ -197,8 +199,14 @@ class KVStore:
             raise ValueError(
                 f"k and v must agree in dtype and device, got {k.dtype} on {k.device} and {v.dtype} on {v.device}"
             )
-        if isinstance(lengths, Tensor):
-            lengths = lengths.tolist()
+        if k.is_meta:
+            raise ValueError("k and v on the meta device hold no tokens; append tensors on cpu or cuda")
+        if lengths is not None:
+            lengths = _ints(lengths, "lengths", low=0)
+        with self._lock:
+            self._append(layer, k.detach(), v.detach(), lengths)
+
+    def _append(self, layer: int, k: Tensor, v: Tensor, lengths: list[int] | None) -> None:
         stored = self._layers.get(layer)
         is_new = stored is None
         if stored is None:
@@ -209,7 +217,7 @@ class KVStore:
                 f"convert with .to(), or free the layer first"
             )
         try:
-            ops.append(stored.handle, k.detach(), v.detach(), lengths)
+            ops.append(stored.handle, k, v, lengths)
         except BaseException:
             if is_new:
                 ops.drop_layer(stored.handle)
@@ -229,32 +237,34 @@ class KVStore:
 
     def truncate(self, layer: int, length: int | Sequence[int]) -> None:
         """Forgets the tokens at positions ``length`` and after: one length for all rows, or one per row."""
-        ops.truncate(self.layer(layer).handle, [length] if isinstance(length, int) else length)
+        lengths = _ints(length, "length", low=0) if isinstance(length, (Sequence, Tensor)) else None
+        ops.truncate(self.layer(layer).handle, lengths or [as_int(length, "length", low=0)])
 
     def trim(self, layer: int, begin: int) -> None:
         """Forgets the tokens before position ``begin`` of every row (sliding windows); the others keep their places."""
-        ops.trim(self.layer(layer).handle, begin)
+        ops.trim(self.layer(layer).handle, as_int(begin, "begin", low=0))
 
     def reorder(self, layer: int, index: Sequence[int] | Tensor) -> None:
         """New row i is what row ``index[i]`` was. Selects, repeats and permutes; rows that come twice share pages."""
-        ops.reorder(self.layer(layer).handle, index.tolist() if isinstance(index, Tensor) else index)
+        ops.reorder(self.layer(layer).handle, _ints(index, "index"))
 
     def fork(self) -> KVStore:
         """A store with the same contents on the same drive. Full pages are shared; the two go on independently."""
         self._check_open()
         other = KVStore.__new__(KVStore)
         other._attach(self._drive)
-        for number, stored in self._layers.items():
-            handle = ops.fork_layer(stored.handle)
-            other._layers[number] = StoredLayer(handle, *list(vars(stored).values())[1:])
+        with self._lock:
+            for number, stored in self._layers.items():
+                other._layers[number] = dataclasses.replace(stored, handle=ops.fork_layer(stored.handle))
         return other
 
     def free(self, layer: int | None = None) -> None:
         """Forgets a layer's rows, or all layers'. The number may be used again, for any batch and geometry."""
         self._check_open()
-        for number in [layer] if layer is not None else self.layers():
-            if number in self._layers:
-                ops.drop_layer(self._layers.pop(number).handle)
+        with self._lock:
+            for number in [layer] if layer is not None else self.layers():
+                if number in self._layers:
+                    ops.drop_layer(self._layers.pop(number).handle)
 
     def flush(self) -> None:
         """Waits until every page that is on its way to the drive has arrived, and left memory.
@@ -334,9 +344,9 @@ class KVStore:
             mask=mask,
             sinks=sinks,
             alibi_slopes=alibi_slopes,
-            row_begin=row_begin,
-            kv_begin=self.begin(layer) if kv_begin is None else kv_begin,
-            kv_end=-1 if kv_end is None else kv_end,
+            row_begin=as_int(row_begin, "row_begin", low=0),
+            kv_begin=self.begin(layer) if kv_begin is None else as_int(kv_begin, "kv_begin", low=0),
+            kv_end=-1 if kv_end is None else as_int(kv_end, "kv_end", low=0),
         )
 
     def read(self, layer: int, *, kv_begin: int | None = None, kv_end: int | None = None) -> tuple[Tensor, Tensor]:
@@ -350,9 +360,8 @@ class KVStore:
             if len(set(lengths)) > 1:
                 raise ValueError(f"rows have different lengths {lengths}; pass kv_end, at most {min(lengths)}")
             kv_end = lengths[0]
-        kv_begin = begin if kv_begin is None else kv_begin
-        if not 0 <= kv_begin <= kv_end:
-            raise ValueError(f"wanted 0 <= kv_begin <= kv_end, got {kv_begin} and {kv_end}")
+        kv_end = as_int(kv_end, "kv_end", low=0)
+        kv_begin = begin if kv_begin is None else as_int(kv_begin, "kv_begin", low=0, high=kv_end)
         k, v = (
             ops.read(
                 stored.handle,
@@ -400,6 +409,16 @@ def _release(drive: _Drive, layers: dict[int, StoredLayer], process: int) -> Non
         drive.release()
 
 
+def _ints(values: Sequence[int] | Tensor, name: str, *, low: int = -(2**62)) -> list[int]:
+    if isinstance(values, Tensor):
+        if values.dim() != 1 or values.dtype == torch.bool or values.is_floating_point():
+            raise ValueError(
+                f"{name} must be a 1-D tensor of integers, got {values.dtype} of shape {list(values.shape)}"
+            )
+        values = values.tolist()
+    return [as_int(value, name, low=low) for value in values]
+
+
 def attend_layer(
     handle: Tensor,
     q: Tensor,
@@ -421,8 +440,8 @@ def attend_layer(
         raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
     if causal not in CAUSAL:
         raise ValueError(f'causal must be False, True, "lower_right" or "upper_left", got {causal!r}')
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, or None, got {window}")
+    if window is not None:
+        window = as_int(window, "window in tokens", low=1)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, or None, got {softcap}")
     if mask is not None:
@@ -432,11 +451,11 @@ def attend_layer(
     return ops.attend(
         handle,
         q,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         head_dim_v=head_dim_v,
         mask=mask,
-        sinks=None if sinks is None else sinks.detach().float().flatten(),
-        alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().float().flatten(),
+        sinks=None if sinks is None else sinks.detach().float().flatten().contiguous(),
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().float().flatten().contiguous(),
         causal=CAUSAL[causal],
         window=window or 0,
         softcap=softcap or 0.0,
@@ -454,6 +473,6 @@ def probe(directory: str | os.PathLike[str], io_engine: str = "auto") -> dict[st
     """
     if io_engine not in IO_ENGINES:
         raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
-    directory = os.path.abspath(os.fspath(directory))
+    directory = directory_path(directory)
     verdict = ops.probe(directory, io_engine)
     return {"directory": directory, "free_bytes": shutil.disk_usage(directory).free, **verdict}

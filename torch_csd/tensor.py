@@ -72,8 +72,9 @@ class StorageTensor(torch.Tensor):
     ``torch.cat`` with new tokens (an append) go to the executor or stay lazy; every other op raises
     ``NotImplementedError``. Only :meth:`to_dense` brings the elements into memory.
 
-    It is a snapshot: tokens appended later are not in it, and once its tokens are reordered, truncated or freed any
-    use raises :class:`StaleTensorError`. Results are not differentiable.
+    It is a snapshot: tokens appended later are not in it, and once its tokens are reordered or truncated any use raises
+    :class:`StaleTensorError` (:class:`StoreClosedError` once they are freed, or the store is closed). Results are not
+    differentiable.
     """
 
     _view: View

@@ -85,12 +85,12 @@ int64_t output_index(const Heads& heads, const Block& block, int64_t q_len, int6
   return ((block.row_begin + row) * heads.num_heads + head) * q_len + query;
 }
 
-// ---- attention
-// --------------------------------------------------------------------------------------------------
+// ---- attention ----
 
 class AttendPass : public PageConsumer {
  public:
-  AttendPass(const PassContext& context, const Layer& layer, const AttendRequest& request, const Block& block)
+  AttendPass(const PassContext& context, const Layer& layer, const AttendRequest& request, const Block& block,
+             int worker_count)
       : kernels_(*context.kernels),
         layer_(layer),
         request_(request),
@@ -98,7 +98,7 @@ class AttendPass : public PageConsumer {
         heads_(layer.geometry, request.num_heads),
         queries_per_head_(block.query_count * heads_.group),
         queries_per_row_(queries_per_head_ * heads_.num_kv_heads),
-        worker_count_(context.stream->worker_limit()) {
+        worker_count_(worker_count) {
     const int64_t query_total = block.row_count * queries_per_row_;
     auto* memory = static_cast<uint8_t*>(
         context.scratch->reserve(query_total * bytes_per_query(layer.geometry, worker_count_)));
@@ -262,7 +262,9 @@ class AttendPass : public PageConsumer {
     const int64_t position = query_position(row, query);
     if (request_.causal != Causal::kNone) end = std::min(end, position + 1);
     if (request_.window > 0) begin = std::max(begin, position - request_.window + 1);
-    return {begin, std::max(begin, end)};
+    // Within the row even where nothing is seen: a window may begin behind its end.
+    end = std::max(end, request_.span.kv_begin);
+    return {std::min(begin, end), end};
   }
 
   // A padding mask hides whole pages from all heads and queries: those need not be read.
@@ -370,15 +372,14 @@ class AttendPass : public PageConsumer {
   const Heads heads_;
   const int64_t queries_per_head_;
   const int64_t queries_per_row_;
-  const int64_t worker_count_;
+  const int worker_count_;
   float* q_ = nullptr;    // [rows][num_kv_heads][queries_per_head][head_dim_k], times scale
   float* out_ = nullptr;  // [workers][rows][num_kv_heads][queries_per_head][head_dim_v], not normalised
   SoftmaxState* states_ = nullptr;  // [workers][rows][num_kv_heads][queries_per_head]
   std::vector<uint8_t> touched_;    // [rows][workers]: this worker has a partial of this row
 };
 
-// ---- the products of an eager attention
-// -------------------------------------------------------------------------
+// ---- the products of an eager attention ----
 
 class ScoresPass : public PageConsumer {
  public:
@@ -433,14 +434,14 @@ class ScoresPass : public PageConsumer {
 class WeightedSumPass : public PageConsumer {
  public:
   WeightedSumPass(const PassContext& context, const Layer& layer, const WeightedSumRequest& request,
-                  const Block& block)
+                  const Block& block, int worker_count)
       : kernels_(*context.kernels),
         layer_(layer),
         request_(request),
         block_(block),
         heads_(layer.geometry, request.num_heads),
         queries_per_head_(block.query_count * heads_.group),
-        worker_count_(context.stream->worker_limit()),
+        worker_count_(worker_count),
         values_per_worker_(block.row_count * heads_.num_kv_heads * queries_per_head_ *
                            layer.geometry.head_dim_v) {
     const int64_t bytes = worker_count_ * values_per_worker_ * static_cast<int64_t>(sizeof(float));
@@ -504,7 +505,7 @@ class WeightedSumPass : public PageConsumer {
   const Block block_;
   const Heads heads_;
   const int64_t queries_per_head_;
-  const int64_t worker_count_;
+  const int worker_count_;
   const int64_t values_per_worker_;
   float* out_ = nullptr;  // [workers][rows][num_kv_heads][queries_per_head][head_dim_v]
 };
@@ -546,10 +547,10 @@ class ReadPass : public PageConsumer {
 };
 
 void run(const PassContext& context, const Layer& layer, const std::vector<PageUse>& uses,
-         int64_t compute_weight, PageConsumer* pass) {
+         int64_t compute_weight, int worker_count, PageConsumer* pass) {
   const int64_t page_bytes = layer.geometry.page_bytes();
   const Plan plan = make_plan(uses, page_bytes, context.stream->read_bytes_max(page_bytes));
-  context.stream->run(plan, page_bytes, compute_weight, pass);
+  context.stream->run(plan, page_bytes, compute_weight, worker_count, pass);
 }
 
 std::vector<PageUse> all_uses(const Layer& layer, const Span& span, int64_t row_begin, int64_t row_count) {
@@ -560,6 +561,12 @@ std::vector<PageUse> all_uses(const Layer& layer, const Span& span, int64_t row_
   return uses;
 }
 
+// Workers whose partial results of one query fit the scratch memory, next to what they share.
+int affordable_workers(const PassContext& context, int64_t shared_bytes, int64_t bytes_per_worker) {
+  const int64_t fit = (context.scratch_bytes_max - shared_bytes) / bytes_per_worker;
+  return static_cast<int>(std::clamp<int64_t>(fit, 1, context.stream->worker_limit()));
+}
+
 // Arithmetic on a page relative to one query's pass over the same bytes, which memory bandwidth hides.
 int64_t compute_weight(const Block& block, int64_t group) {
   return std::max<int64_t>(1, block.query_count * group / 8);
@@ -568,15 +575,18 @@ int64_t compute_weight(const Block& block, int64_t group) {
 }  // namespace
 
 void attend(const PassContext& context, const Layer& layer, const AttendRequest& request) {
-  const int64_t bytes =
-      AttendPass::bytes_per_query(layer.geometry, context.stream->worker_limit()) * request.num_heads;
-  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
-                 [&](const Block& block) {
-                   AttendPass pass(context, layer, request, block);
-                   run(context, layer, pass.uses(),
-                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
-                   pass.finish();
-                 });
+  const int64_t shared_bytes = AttendPass::bytes_per_query(layer.geometry, 0) * request.num_heads;
+  const int64_t bytes_per_worker =
+      AttendPass::bytes_per_query(layer.geometry, 1) * request.num_heads - shared_bytes;
+  const int workers = affordable_workers(context, shared_bytes, bytes_per_worker);
+  const int64_t bytes = shared_bytes + workers * bytes_per_worker;
+  for_each_block(
+      request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
+        AttendPass pass(context, layer, request, block, workers);
+        run(context, layer, pass.uses(),
+            compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), workers, &pass);
+        pass.finish();
+      });
 }
 
 void scores(const PassContext& context, const Layer& layer, const ScoresRequest& request) {
@@ -585,25 +595,29 @@ void scores(const PassContext& context, const Layer& layer, const ScoresRequest&
                  [&](const Block& block) {
                    ScoresPass pass(context, layer, request, block);
                    run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
-                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
+                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads),
+                       context.stream->worker_limit(), &pass);
                  });
 }
 
 void weighted_sum(const PassContext& context, const Layer& layer, const WeightedSumRequest& request) {
-  const int64_t bytes = request.num_heads * layer.geometry.head_dim_v * static_cast<int64_t>(sizeof(float)) *
-                        context.stream->worker_limit();
-  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
-                 [&](const Block& block) {
-                   WeightedSumPass pass(context, layer, request, block);
-                   run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
-                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), &pass);
-                   pass.finish();
-                 });
+  const int64_t bytes_per_worker =
+      request.num_heads * layer.geometry.head_dim_v * static_cast<int64_t>(sizeof(float));
+  const int workers = affordable_workers(context, 0, bytes_per_worker);
+  const int64_t bytes = workers * bytes_per_worker;
+  for_each_block(
+      request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
+        WeightedSumPass pass(context, layer, request, block, workers);
+        run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
+            compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), workers, &pass);
+        pass.finish();
+      });
 }
 
 void read(const PassContext& context, const Layer& layer, const ReadRequest& request) {
   ReadPass pass(*context.kernels, layer, request);
-  run(context, layer, all_uses(layer, request.span, 0, request.span.row_count), 1, &pass);
+  run(context, layer, all_uses(layer, request.span, 0, request.span.row_count), 1,
+      context.stream->worker_limit(), &pass);
 }
 
 }  // namespace csd

@@ -25,6 +25,7 @@ enum class MaskKind : uint8_t { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 struct MaskView {
   MaskKind kind = MaskKind::kNone;
   const void* data = nullptr;
+  int64_t kv_len = 0;  // of the mask itself; 1 with a stride of 0
   int64_t strides[4] = {0, 0, 0, 0};
 };
 
@@ -92,7 +93,9 @@ struct PassContext {
   const Kernels* kernels = nullptr;
   PageStream* stream = nullptr;
   AlignedBuffer* scratch = nullptr;
-  int64_t scratch_bytes_max = 0;  // bounds q_len x rows at once: larger calls go over the pages several times
+  // Bounds rows x queries x workers at once: larger calls go over the pages several times. The least is one
+  // query of all heads on one worker.
+  int64_t scratch_bytes_max = 0;
 };
 
 void attend(const PassContext& context, const Layer& layer, const AttendRequest& request);

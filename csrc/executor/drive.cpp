@@ -18,16 +18,21 @@ constexpr int64_t kScratchBytesMax = 64 * kMiB;
 constexpr int64_t kWriteWindowBytes = 16 * kMiB;  // on the way to the drive at once
 constexpr int kWriteDepth = 32;
 
-int64_t staging_bytes(const DriveOptions& options) {
-  const int64_t wanted = std::min(kStagingBytesMax, options.queue_depth * kMiB);
-  const int64_t bytes = std::min(wanted, options.memory_budget_bytes / 4);
+// How memory_budget is divided; the arena has the rest.
+int64_t staging_bytes(int64_t budget_bytes) {
+  const int64_t bytes = std::min(kStagingBytesMax, budget_bytes / 4);
   const int64_t step =
       bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
   return bytes / step * step;
 }
 
-int64_t scratch_bytes(const DriveOptions& options) {
-  return std::min(kScratchBytesMax, options.memory_budget_bytes / 8);
+int64_t scratch_bytes(int64_t budget_bytes) { return std::min(kScratchBytesMax, budget_bytes / 8); }
+
+// Two pages to read into, so that the drive works while one is computed on, and two in memory: a tail, and
+// the copy that a shared tail turns into.
+int64_t page_bytes_max(int64_t budget_bytes) {
+  const int64_t staging = staging_bytes(budget_bytes);
+  return std::min(staging, budget_bytes - staging - scratch_bytes(budget_bytes)) / 2;
 }
 
 std::string text(int64_t value) { return std::to_string(value); }
@@ -44,8 +49,8 @@ Drive::Drive(const DriveOptions& options)
   try {
     write_header(file_.fd, file_.path);
     engine_ = make_io_engine(file_.engine, static_cast<int>(std::max<int64_t>(4, options.threads)));
-    const int64_t staging = staging_bytes(options);
-    scratch_bytes_max_ = scratch_bytes(options);
+    const int64_t staging = staging_bytes(options.memory_budget_bytes);
+    scratch_bytes_max_ = scratch_bytes(options.memory_budget_bytes);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
     space_ = std::make_shared<FileSpace>(file_.fd, file_.path);
     stream_ =
@@ -88,44 +93,49 @@ Layer& Drive::find(int64_t layer_id) {
 
 void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
-  // Two pages to read into, and two in memory: a tail and the copy a shared tail turns into.
+  std::lock_guard<FairMutex> lock(mutex_);
   const int64_t page_bytes = geometry.page_bytes();
-  const int64_t room = std::min(stream_->staging_bytes(), arena_->limit_bytes());
-  if (2 * page_bytes > room) {
+  if (page_bytes > page_bytes_max(options_.memory_budget_bytes)) {
+    const std::string page = "pages of " + text(page_bytes) + " bytes (" + text(geometry.num_kv_heads) +
+                             " kv heads, head_dim " + text(geometry.head_dim_k) + " + " +
+                             text(geometry.head_dim_v) + ", " + dtype_name(geometry.dtype) + ")";
+    int64_t enough = kMemoryBudgetMin;
+    while (page_bytes > page_bytes_max(enough) && enough < 8 * kStagingBytesMax) enough += kMiB;
+    if (page_bytes > page_bytes_max(enough)) {
+      throw Error(ErrorKind::kValue, page + " are larger than the " + text(kStagingBytesMax / 2) +
+                                         " that a store can read at once; store fewer kv heads in a layer");
+    }
     throw Error(ErrorKind::kBudget, "memory_budget of " + text(options_.memory_budget_bytes) +
-                                        " bytes is too small for pages of " + text(page_bytes) + " bytes (" +
-                                        text(geometry.num_kv_heads) + " kv heads, head_dim " +
-                                        text(geometry.head_dim_k) + " + " + text(geometry.head_dim_v) +
-                                        "); it must be at least " + text(round_up(8 * page_bytes, kMiB)));
+                                        " bytes is too small for " + page + "; it must be at least " +
+                                        text(enough));
   }
   layers_[layer_id] = Layer{geometry, {}, 0, 0};
 }
 
 void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   Layer copy = find(source_id);
   for (Row& row : copy.rows) row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.page_bytes());
   layers_[layer_id] = std::move(copy);
 }
 
 void Drive::drop_layer(int64_t layer_id) {
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  check_process();
+  std::lock_guard<FairMutex> lock(mutex_);
   layers_.erase(layer_id);
 }
 
 LayerInfo Drive::info(int64_t layer_id) {
   check_process();
-  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
   LayerInfo info{layer.geometry, layer.epoch, layer.begin, {}};
   for (const Row& row : layer.rows) info.lengths.push_back(row.length);
   return info;
 }
 
-// ---- changing what is stored
-// ------------------------------------------------------------------------------------
+// ---- changing what is stored ----
 
 Row Drive::new_row(const Geometry& geometry) {
   Row row;
@@ -135,7 +145,7 @@ Row Drive::new_row(const Geometry& geometry) {
 
 void Drive::append(int64_t layer_id, const AppendRequest& request) {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   settle_writes();
   const bool was_empty = layer.rows.empty();
@@ -148,34 +158,36 @@ void Drive::append(int64_t layer_id, const AppendRequest& request) {
                                        " rows, got a batch of " + text(request.row_count) +
                                        "; reorder() or free() the layer to change its batch");
   }
-  // What the rows were: the deque of pages is only added to at its end, where the last page may be replaced.
-  std::vector<std::pair<int64_t, std::shared_ptr<Page>>> before;
-  for (const Row& row : layer.rows)
-    before.emplace_back(row.length, row.pages.empty() ? nullptr : row.pages.back());
-  std::vector<int64_t> end_pages;
-  for (const Row& row : layer.rows) end_pages.push_back(row.end_page());
+  struct Before {
+    int64_t length;
+    int64_t end_page;
+  };
+  std::vector<Before> before;
+  for (const Row& row : layer.rows) before.push_back({row.length, row.end_page()});
+  std::vector<ReplacedTail> replaced;
   try {
     for (int64_t i = 0; i < request.row_count; ++i) {
       const int64_t token_count = request.lengths != nullptr ? request.lengths[i] : request.q_len;
-      append_row(&layer, &layer.rows[static_cast<size_t>(i)], request, i, token_count);
+      append_row(&layer, &layer.rows[static_cast<size_t>(i)], request, i, token_count, &replaced);
       appended_tokens_ += token_count;
     }
     writer_->flush();
     settle_writes();
   } catch (...) {
+    // Slots that were written behind a row's length hold nothing; pages are taken off, or put back.
     for (size_t i = 0; i < before.size(); ++i) {
       Row& row = layer.rows[i];
-      while (row.end_page() > end_pages[i]) row.pages.pop_back();
-      if (before[i].second != nullptr) row.pages.back() = before[i].second;
-      row.length = before[i].first;
+      row.length = before[i].length;
+      while (row.end_page() > before[i].end_page) row.pages.pop_back();
     }
+    for (ReplacedTail& tail : replaced) tail.row->pages.back() = std::move(tail.page);
     if (was_empty) layer.rows.clear();
     throw;
   }
 }
 
 void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index,
-                       int64_t token_count) {
+                       int64_t token_count, std::vector<ReplacedTail>* replaced) {
   const Geometry& geometry = layer->geometry;
   const int64_t bytes = element_bytes(request.dtype);
   const auto* k = static_cast<const uint8_t*>(request.k) + index * request.k_strides[0] * bytes;
@@ -184,7 +196,7 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
   for (int64_t done = 0; done < token_count;) {
     const int64_t slot = row->length % kPageTokens;
     const int64_t count = std::min(kPageTokens - slot, token_count - done);
-    Page* page = writable_tail(geometry, row);
+    Page* page = writable_tail(geometry, row, replaced);
     for (int64_t h = 0; h < geometry.num_kv_heads; ++h) {
       uint8_t* tile = page->memory + h * geometry.tile_bytes();
       kernels_.pack_k(request.dtype, k + (h * request.k_strides[1] + done * request.k_strides[2]) * bytes,
@@ -200,7 +212,7 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
 }
 
 // The page that the row's next token goes to: in memory, not on the drive, and the row's alone.
-Page* Drive::writable_tail(const Geometry& geometry, Row* row) {
+Page* Drive::writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedTail>* replaced) {
   const int64_t index = row->length / kPageTokens;
   const bool exists = index < row->end_page();
   if (exists && row->pages.back().use_count() == 1 && row->pages.back()->writable())
@@ -215,6 +227,7 @@ Page* Drive::writable_tail(const Geometry& geometry, Row* row) {
     } else {
       read_page(old, page->memory);
     }
+    replaced->push_back({row, std::move(row->pages.back())});
     row->pages.back() = page;
   } else {
     if (row->pages.empty()) row->first_page = index;
@@ -294,8 +307,10 @@ bool Drive::evict_one() {
 // tried last.
 void Drive::settle_writes() {
   writer_->reap(false);
-  const std::vector<std::shared_ptr<Page>> failed = writer_->take_failed();
-  sealed_.pages.insert(sealed_.pages.begin(), failed.begin(), failed.end());
+  for (const std::shared_ptr<Page>& page : writer_->take_failed()) {
+    std::vector<std::weak_ptr<Page>>& pages = (page->sealed ? sealed_ : tails_).pages;
+    pages.insert(pages.begin(), page);
+  }
   writer_->throw_error();
 }
 
@@ -316,7 +331,7 @@ void Drive::read_page(const Page& page, uint8_t* memory) {
 
 void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   const bool one_for_all = lengths.size() == 1;
   if (!one_for_all && lengths.size() != layer.rows.size()) {
@@ -344,7 +359,7 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
 
 void Drive::trim(int64_t layer_id, int64_t begin) {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   for (const Row& row : layer.rows) {
     if (begin > row.length) {
@@ -364,7 +379,7 @@ void Drive::trim(int64_t layer_id, int64_t begin) {
 
 void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   const auto row_count = static_cast<int64_t>(layer.rows.size());
   bool identity = static_cast<int64_t>(index.size()) == row_count;
@@ -394,13 +409,12 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
 
 void Drive::flush() {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   writer_->drain();
   settle_writes();
 }
 
-// ---- computing from it
-// ------------------------------------------------------------------------------------------
+// ---- computing from it ----
 
 PassContext Drive::context() { return {&kernels_, stream_.get(), &scratch_, scratch_bytes_max_}; }
 
@@ -412,10 +426,14 @@ void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) cons
         "the layer's keys and values anew");
   }
   const auto row_count = static_cast<int64_t>(layer.rows.size());
-  if (span.row_begin < 0 || span.row_count < 0 || span.row_begin + span.row_count > row_count) {
-    throw Error(ErrorKind::kValue, "wanted rows [" + text(span.row_begin) + ", " +
-                                       text(span.row_begin + span.row_count) + "), the layer holds " +
-                                       text(row_count));
+  if (span.row_begin < 0 || span.row_count < 0 || span.row_begin > row_count - span.row_count) {
+    throw Error(ErrorKind::kValue, "wanted " + text(span.row_count) + " rows from row " +
+                                       text(span.row_begin) + " on, the layer holds " + text(row_count));
+  }
+  if (span.kv_begin < 0 || span.kv_end < -1 || (span.kv_end >= 0 && span.kv_end < span.kv_begin)) {
+    throw Error(ErrorKind::kValue, "wanted tokens from position " + text(span.kv_begin) + " to " +
+                                       text(span.kv_end) +
+                                       "; positions count from 0, the end is not before the begin");
   }
   if (span.kv_begin < layer.begin) {
     throw Error(ErrorKind::kStale, "tokens before position " + text(layer.begin) +
@@ -431,50 +449,64 @@ void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) cons
   }
 }
 
-void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
+void Drive::check_mask(const Layer& layer, const AttendRequest& request) const {
+  if (request.mask.kind == MaskKind::kNone || request.mask.kv_len == 1) return;
+  const Span& span = request.span;
+  int64_t kv_len = span.kv_end - span.kv_begin;
+  if (span.kv_end < 0) {
+    kv_len = 0;
+    for (int64_t i = 0; i < span.row_count; ++i) {
+      const Row& row = layer.rows[static_cast<size_t>(span.row_begin + i)];
+      kv_len = std::max(kv_len, row.length - span.kv_begin);
+    }
+  }
+  if (request.mask.kv_len != kv_len) {
+    throw Error(ErrorKind::kValue, "mask must be broadcastable to [" + text(span.row_count) + ", " +
+                                       text(request.num_heads) + ", " + text(request.q_len) + ", " +
+                                       text(kv_len) + "], got size " + text(request.mask.kv_len) +
+                                       " in dimension 3");
+  }
+}
+
+void Drive::attend(int64_t layer_id, int64_t epoch, const AttendRequest& request) {
   check_process();
-  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
-  if (request.span.kv_begin < 0) request.span.kv_begin = layer.begin;
   check_span(layer, epoch, request.span);
-  std::lock_guard<std::mutex> pass(pass_mutex_);
+  check_mask(layer, request);
   csd::attend(context(), layer, request);
   attend_calls_++;
 }
 
 void Drive::scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request) {
   check_process();
-  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
   check_span(layer, epoch, request.span);
-  std::lock_guard<std::mutex> pass(pass_mutex_);
   csd::scores(context(), layer, request);
 }
 
 void Drive::weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request) {
   check_process();
-  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
   check_span(layer, epoch, request.span);
-  std::lock_guard<std::mutex> pass(pass_mutex_);
   csd::weighted_sum(context(), layer, request);
 }
 
 void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
   check_process();
-  std::shared_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
   check_span(layer, epoch, request.span);
-  std::lock_guard<std::mutex> pass(pass_mutex_);
   csd::read(context(), layer, request);
 }
 
-// ---- reporting
-// --------------------------------------------------------------------------------------------------
+// ---- reporting ----
 
 std::string Drive::stats_json() {
   check_process();
-  std::unique_lock<std::shared_mutex> lock(state_mutex_);
+  std::lock_guard<FairMutex> lock(mutex_);
   writer_->reap(false);
   int64_t pages_on_drive = 0;
   int64_t pages_resident = 0;

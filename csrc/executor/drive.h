@@ -14,11 +14,10 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <vector>
 
+#include "base/fair_mutex.h"
 #include "executor/attend.h"
 #include "executor/stream.h"
 #include "executor/writer.h"
@@ -82,7 +81,7 @@ class Drive {
   void flush();  // waits until every page on its way to the drive is there
 
   // epoch: of the view the caller holds; -1 takes the layer as it is now. Throws kStale when it has changed.
-  void attend(int64_t layer_id, int64_t epoch, AttendRequest request);
+  void attend(int64_t layer_id, int64_t epoch, const AttendRequest& request);
   void scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request);
   void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
   void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
@@ -90,17 +89,25 @@ class Drive {
   std::string stats_json();
 
  private:
+  // A tail that an append went on from on a copy, kept until the append is sure to stand.
+  struct ReplacedTail {
+    Row* row;
+    std::shared_ptr<Page> page;
+  };
+
   Layer& find(int64_t layer_id);
   void check_process() const;
   Row new_row(const Geometry& geometry);
-  void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count);
-  Page* writable_tail(const Geometry& geometry, Row* row);
+  void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
+                  std::vector<ReplacedTail>* replaced);
+  Page* writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedTail>* replaced);
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one();
   void seal(const std::shared_ptr<Page>& page);
   void read_page(const Page& page, uint8_t* memory);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
+  void check_mask(const Layer& layer, const AttendRequest& request) const;
   PassContext context();
 
   // Pages in memory that may have to leave it. Entries go stale, are skipped, and are swept out now and then.
@@ -123,8 +130,7 @@ class Drive {
   std::unique_ptr<IoQueue> page_queue_;  // for single pages read back into the tail
   AlignedBuffer scratch_;
 
-  std::shared_mutex state_mutex_;  // layers, pages, arena, space, writer
-  std::mutex pass_mutex_;          // stream, scratch; taken after state_mutex_
+  FairMutex mutex_;
   std::map<int64_t, Layer> layers_;
   Candidates sealed_;  // full pages
   Candidates tails_;   // pages that a row still fills

@@ -118,14 +118,14 @@ void PageStream::prepare(int worker_count) {
   for (int i = 0; i < worker_count; ++i) workers_[static_cast<size_t>(i)]->staging = staging_ + share * i;
 }
 
-void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, PageConsumer* consumer) {
+void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, int worker_count_max,
+                     PageConsumer* consumer) {
   const auto memory_uses = static_cast<int64_t>(plan.memory_uses.size());
   const auto read_count = static_cast<int64_t>(plan.reads.size());
   if (memory_uses == 0 && read_count == 0) return;
   const int64_t weight =
       (memory_uses + static_cast<int64_t>(plan.drive_uses.size())) * page_bytes * compute_weight;
-  auto worker_count = static_cast<int>(
-      std::clamp<int64_t>(1 + weight / kWakeBytes, 1, static_cast<int64_t>(pool_.worker_count())));
+  auto worker_count = static_cast<int>(std::clamp<int64_t>(1 + weight / kWakeBytes, 1, worker_count_max));
   // A worker needs two slots, so that the drive works while it computes.
   while (worker_count > 1 && staging_bytes_ / worker_count < 2 * read_bytes_max(page_bytes)) worker_count--;
   Pass pass;

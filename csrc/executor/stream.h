@@ -41,10 +41,11 @@ class PageStream {
   int64_t staging_bytes() const { return staging_bytes_; }
   int64_t staging_bytes_touched() const;
 
-  // Feeds every use of the plan to the consumer; workers are numbered below worker_limit(). compute_weight:
+  // Feeds every use of the plan to the consumer; workers are numbered below worker_count_max. compute_weight:
   // the arithmetic on a page relative to one query's, so that small passes stay on the calling thread. Throws
   // kStore for a failed read: nothing of the pass is then valid. One pass at a time.
-  void run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, PageConsumer* consumer);
+  void run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, int worker_count_max,
+           PageConsumer* consumer);
   int worker_limit() const { return pool_.worker_count(); }
   ThreadPool& pool() { return pool_; }
   const StreamCounters& counters() const { return counters_; }

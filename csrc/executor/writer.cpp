@@ -18,11 +18,12 @@ Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path)
   for (size_t tag = requests_.size(); tag-- > 0;) free_tags_.push_back(tag);
 }
 
-Writer::~Writer() = default;  // ~IoQueue waits; then the batches let go of their pages
+Writer::~Writer() { queue_.reset(); }  // waits for what is in flight, before the pages go
 
 void Writer::add(const std::shared_ptr<Page>& page) {
   const int64_t page_bytes = page->page_bytes;
-  auto [offset, extent] = page->stream->take();
+  // A tail comes back soon: an extent of its own is free again at once.
+  auto [offset, extent] = page->sealed ? page->stream->take() : page->stream->take_alone();
   const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == offset;
   if (!batch_.pages.empty() &&
       (!adjacent || batch_.bytes + page_bytes > kWriteBytes || batch_.segments.size() == kSegmentsMax)) {

@@ -12,10 +12,9 @@
 namespace csd {
 namespace {
 
-constexpr int64_t kExtentBytesMin = int64_t{1}
-                                    << 20;  // a dense read of a row is made of reads of 1 MiB or more
+constexpr int64_t kGrownExtentBytesMax = int64_t{1} << 20;  // dense reads are made of reads of 1 MiB or more
 constexpr int64_t kExtentBytesMax = int64_t{8}
-                                    << 20;  // freed only as a whole: keep what one live page can hold small
+                                    << 20;  // freed only as a whole: keep what a live page holds small
 constexpr int64_t kGrowthBytesMax = int64_t{64} << 20;  // fallocate in large steps keeps the file contiguous
 
 }  // namespace
@@ -62,7 +61,7 @@ void FileSpace::release(int64_t offset, int64_t bytes) {
 void FileSpace::reserve(int64_t end) {
   // Grow by a quarter, so that a large file grows in few steps and a small one does not take much more than
   // it needs.
-  const int64_t growth = std::min(kGrowthBytesMax, round_up(reserved_ / 4, kExtentBytesMin));
+  const int64_t growth = std::min(kGrowthBytesMax, round_up(reserved_ / 4, kDataOffset));
   int error = 0;
   for (const int64_t target : {std::max(end, reserved_ + growth), end}) {
     do {
@@ -87,9 +86,12 @@ void FileSpace::reserve(int64_t end) {
 
 std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
   if (current_ == nullptr || current_->full()) {
-    const int64_t wanted = std::clamp(expected_pages_ * page_bytes_, kExtentBytesMin, kExtentBytesMax);
+    // As much as is known to come; else as much again as the row has, so that many short rows take little
+    // space and long ones lie in long runs.
+    const int64_t grown = std::min(taken_pages_, std::max<int64_t>(1, kGrownExtentBytesMax / page_bytes_));
+    const int64_t expected = std::min(expected_pages_, std::max<int64_t>(1, kExtentBytesMax / page_bytes_));
+    const int64_t page_count = std::max<int64_t>({1, grown, expected});
     current_.reset();  // before allocating, so that an extent nobody else uses can be reused
-    const int64_t page_count = std::max<int64_t>(1, wanted / page_bytes_);
     try {
       current_ = std::make_shared<Extent>(space_, page_bytes_, page_count);
     } catch (const Error& error) {
@@ -98,7 +100,13 @@ std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
     }
   }
   expected_pages_ = std::max<int64_t>(0, expected_pages_ - 1);
+  taken_pages_++;
   return {current_->take(), current_};
+}
+
+std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take_alone() {
+  auto extent = std::make_shared<Extent>(space_, page_bytes_, 1);
+  return {extent->take(), extent};
 }
 
 }  // namespace csd

@@ -70,11 +70,14 @@ class ExtentStream {
 
   // The next place for a page, and the extent that it keeps alive.
   std::pair<int64_t, std::shared_ptr<Extent>> take();
+  // The same, away from the others: for a page that will not stay.
+  std::pair<int64_t, std::shared_ptr<Extent>> take_alone();
 
  private:
   std::shared_ptr<FileSpace> space_;
   const int64_t page_bytes_;
   int64_t expected_pages_ = 0;
+  int64_t taken_pages_ = 0;
   std::shared_ptr<Extent> current_;
 };
 
