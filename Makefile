@@ -12,21 +12,23 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 EXAMPLE := build/example
+FORCED_TESTS := tests/hf tests/test_attention.py tests/test_store.py tests/test_tensor.py tests/test_ops.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The budget is a fraction of the example's cache, so that most of it must lie on the drive.
 EXAMPLE_FLAGS := --max-new-tokens 96 --batch-size 2 --memory-budget 32MiB
 
-.PHONY: run test build lint format clean help
+.PHONY: run test test-forced build lint format clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make run      set up, build, and generate text from the bundled example with its KV cache on the drive'
-	@echo 'make test     set up, build, and run the tests'
-	@echo 'make build    set up and build only'
-	@echo 'make lint     ruff and clang-format, changing nothing'
-	@echo 'make format   ruff and clang-format, in place'
-	@echo 'make clean    remove what was built, the virtual environment included'
+	@echo 'make run          set up, build, and generate text from the bundled example with its KV cache on the drive'
+	@echo 'make test         set up, build, and run the tests'
+	@echo 'make test-forced  the same tests with each slower instruction set and I/O engine forced'
+	@echo 'make build        set up and build only'
+	@echo 'make lint         ruff and clang-format, changing nothing'
+	@echo 'make format       ruff and clang-format, in place'
+	@echo 'make clean        remove what was built, the virtual environment included'
 
 run: build $(EXAMPLE)/model/prompts.jsonl
 	@rm -f $(EXAMPLE)/output.jsonl
@@ -38,6 +40,14 @@ run: build $(EXAMPLE)/model/prompts.jsonl
 # Passive: the models of the tests are tiny, and torch's waiting threads would spin on cores that others need.
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Everything that computes, again on each path that this machine would not choose by itself.
+test-forced: build
+	@for simd in $$($(BIN)/python -c 'from torch_csd import ops; print(*ops.supported_simd()[:-1])'); do \
+	  echo "TORCH_CSD_SIMD=$$simd"; \
+	  OMP_WAIT_POLICY=passive TORCH_CSD_SIMD=$$simd $(BIN)/python -m pytest -q $(FORCED_TESTS) || exit 1; \
+	done
+	OMP_WAIT_POLICY=passive TORCH_CSD_IO_ENGINE=pread $(BIN)/python -m pytest -q $(FORCED_TESTS)
 
 build: $(VENV)/.built
 

@@ -478,28 +478,26 @@ void Drive::attend(int64_t layer_id, int64_t epoch, const AttendRequest& request
   attend_calls_++;
 }
 
-void Drive::scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request) {
+template <typename Request>
+void Drive::run_pass(int64_t layer_id, int64_t epoch, const Request& request,
+                     void (*pass)(const PassContext&, const Layer&, const Request&)) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
   check_span(layer, epoch, request.span);
-  csd::scores(context(), layer, request);
+  pass(context(), layer, request);
+}
+
+void Drive::scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request) {
+  run_pass(layer_id, epoch, request, csd::scores);
 }
 
 void Drive::weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request) {
-  check_process();
-  std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(layer_id);
-  check_span(layer, epoch, request.span);
-  csd::weighted_sum(context(), layer, request);
+  run_pass(layer_id, epoch, request, csd::weighted_sum);
 }
 
 void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
-  check_process();
-  std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(layer_id);
-  check_span(layer, epoch, request.span);
-  csd::read(context(), layer, request);
+  run_pass(layer_id, epoch, request, csd::read);
 }
 
 // ---- reporting ----

@@ -109,6 +109,9 @@ class Drive {
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;
   PassContext context();
+  template <typename Request>
+  void run_pass(int64_t layer_id, int64_t epoch, const Request& request,
+                void (*pass)(const PassContext&, const Layer&, const Request&));
 
   // Pages in memory that may have to leave it. Entries go stale, are skipped, and are swept out now and then.
   struct Candidates {
