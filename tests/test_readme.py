@@ -21,4 +21,4 @@ def test_every_example_runs_as_printed(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
         if "generate(" in code:
-            assert "the ledger says: 40 crates of tea." in run.stdout, "the example model repeats what it reads"
+            assert run.stdout.count("the ledger says: 40 crates of tea.") == 1, "the example model repeats what it reads"

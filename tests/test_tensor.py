@@ -284,17 +284,34 @@ def test_a_stored_left_factor_is_refused(stored):
         lambda x: x.unbind(0)[1],
         lambda x: x.split(64, dim=2)[3],
         lambda x: x.chunk(2, dim=1)[1],
+        lambda x: x.swapaxes(1, 2),
+        lambda x: x.movedim(1, 2),
+        lambda x: x.unflatten(1, (1, KV_HEADS)),
     ],
 )
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("values", [False, True])
-def test_views_stay_lazy_and_read_back_as_in_memory(stored, view, values):
+def test_views_stay_lazy_and_read_back_as_in_memory(stored, view, values, mode):
     store, k, v, K, V = stored
     before = store.stats()["drive_read_bytes"]
-    lazy = view(V if values else K)
-    expected = view(v if values else k)
-    assert isinstance(lazy, StorageTensor) and lazy.shape == expected.shape and lazy.dtype == expected.dtype
-    assert store.stats()["drive_read_bytes"] == before, "a view reads nothing"
-    assert torch.equal(lazy.to_dense(), expected)
+    with mode():
+        lazy = view(V if values else K)
+        expected = view(v if values else k)
+        assert isinstance(lazy, StorageTensor) and lazy.shape == expected.shape and lazy.dtype == expected.dtype
+        assert store.stats()["drive_read_bytes"] == before, "a view reads nothing"
+        assert torch.equal(lazy.to_dense(), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_an_eager_attention_written_with_einsum_streams(stored, mode):
+    _, k, v, K, V = stored
+    q = query(3)
+    with mode():
+        weights = torch.einsum("bhqd,bhkd->bhqk", q, repeat_kv(K, GROUP))
+        assert_close(weights, torch.einsum("bhqd,bhkd->bhqk", q, repeat_kv(k, GROUP)))
+        p = (0.1 * weights).softmax(-1)
+        expected = torch.einsum("bhqk,bhkd->bhqd", p, repeat_kv(v, GROUP))
+        assert_close(torch.einsum("bhqk,bhkd->bhqd", p, repeat_kv(V, GROUP)), expected)
 
 
 @pytest.mark.parametrize(
@@ -315,13 +332,15 @@ def test_views_stay_lazy_and_read_back_as_in_memory(stored, view, values):
         (lambda x: torch.cat([x, torch.zeros(1)], dim=0), "torch.cat"),
     ],
 )
-def test_anything_else_is_refused_by_name_and_reads_nothing(stored, op, name):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_anything_else_is_refused_by_name_and_reads_nothing(stored, op, name, mode):
     store, _, _, K, _ = stored
     before = store.stats()["drive_read_bytes"]
-    with pytest.raises(NotImplementedError, match=name):
-        op(K)
-    with pytest.raises(NotImplementedError, match="to_dense|append"):
-        op(K)
+    with mode():
+        with pytest.raises(NotImplementedError, match=name):
+            op(K)
+        with pytest.raises(NotImplementedError, match="to_dense|append"):
+            op(K)
     assert store.stats()["drive_read_bytes"] == before
 
 

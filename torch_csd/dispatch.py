@@ -39,11 +39,15 @@ def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 def call_aten(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``__torch_dispatch__`` of StorageTensor."""
     handler = _ATEN.get(func)
-    if handler is None:
-        raise NotImplementedError(
-            f"StorageTensor: {func} does not run on the drive; use .to_dense() first to bring the tokens into memory"
-        )
-    return handler(*args, **kwargs)
+    if handler is not None:
+        return handler(*args, **kwargs)
+    # Under inference_mode composite ops (flatten, einsum, to ...) arrive whole: what they consist of may be in the table.
+    result = func.decompose(*args, **kwargs)
+    if result is not NotImplemented:
+        return result
+    raise NotImplementedError(
+        f"StorageTensor: {func} does not run on the drive; use .to_dense() first to bring the tokens into memory"
+    )
 
 
 def attention(
@@ -423,7 +427,7 @@ def _expand(tensor: StorageTensor, sizes: list[int], *, implicit: bool = False) 
     )
 
 
-@_aten(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+@_aten(aten.view.default, aten._unsafe_view.default)
 def _view(tensor: StorageTensor, shape: list[int]) -> StorageTensor:
     """Regroups the stored dimensions, which keep their order, into the wanted sizes."""
     view = tensor._view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -93,7 +94,9 @@ class StorageTensor(torch.Tensor):
         new_tokens: Tensor | None = None,
     ) -> StorageTensor:
         # Contiguous strides, whatever the view: there is no memory for them to describe, and reshape stays a view.
-        tensor = torch.Tensor._make_wrapper_subclass(cls, view.shape(), dtype=dtype, device=device)
+        # Never an inference tensor: torch makes no views of the one kind in the mode of the other.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            tensor = torch.Tensor._make_wrapper_subclass(cls, view.shape(), dtype=dtype, device=device)
         tensor._view = view
         tensor._pair = pair
         tensor.new_tokens = new_tokens
