@@ -21,4 +21,5 @@ def test_every_example_runs_as_printed(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
         if "generate(" in code:
-            assert run.stdout.count("the ledger says: 40 crates of tea.") == 1, "the example model repeats what it reads"
+            # Written small in the prompt's end only, so this is what the model went on with.
+            assert run.stdout.count("the ledger says: 40 crates of tea.") == 1

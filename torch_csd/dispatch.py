@@ -41,7 +41,7 @@ def call_aten(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     handler = _ATEN.get(func)
     if handler is not None:
         return handler(*args, **kwargs)
-    # Under inference_mode composite ops (flatten, einsum, to ...) arrive whole: what they consist of may be in the table.
+    # Under inference_mode composite ops (flatten, einsum, to) arrive whole; what they consist of may be in the table.
     result = func.decompose(*args, **kwargs)
     if result is not NotImplemented:
         return result

@@ -1,16 +1,14 @@
 // A drive: one directory's file, the pages in it and in memory, and everything that is done to them. The ops
 // call this.
 //
-// Thread-safe: calls that change something run alone, reads may overlap with each other (their passes take
-// turns). memory_budget is divided once: staging for reads in flight, scratch for partial results, and the
-// arena, which holds the tails and, in what is left, full pages that then never have to be read. A page that
-// finds no room is written and leaves memory; even a tail may, so any budget above the minimum holds any
-// context.
+// Thread-safe: one call at a time, in the order in which they came. memory_budget is divided once: staging
+// for reads in flight, scratch for partial results, and the arena, which holds the tails and, in what is
+// left, full pages that then never have to be read. A page that finds no room is written and leaves memory;
+// even a tail may, so any budget above the minimum holds any context.
 #pragma once
 
 #include <sys/types.h>
 
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -133,12 +131,12 @@ class Drive {
   std::unique_ptr<IoQueue> page_queue_;  // for single pages read back into the tail
   AlignedBuffer scratch_;
 
-  FairMutex mutex_;
+  FairMutex mutex_;  // of everything here
   std::map<int64_t, Layer> layers_;
   Candidates sealed_;  // full pages
   Candidates tails_;   // pages that a row still fills
 
-  std::atomic<int64_t> attend_calls_{0};
+  int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;
   int64_t tail_spills_ = 0;  // tails that had to leave memory
 };

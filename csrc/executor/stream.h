@@ -38,7 +38,6 @@ class PageStream {
 
   // The length of reads that suits a page size.
   int64_t read_bytes_max(int64_t page_bytes) const;
-  int64_t staging_bytes() const { return staging_bytes_; }
   int64_t staging_bytes_touched() const;
 
   // Feeds every use of the plan to the consumer; workers are numbered below worker_count_max. compute_weight:
@@ -47,7 +46,6 @@ class PageStream {
   void run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, int worker_count_max,
            PageConsumer* consumer);
   int worker_limit() const { return pool_.worker_count(); }
-  ThreadPool& pool() { return pool_; }
   const StreamCounters& counters() const { return counters_; }
 
  private:

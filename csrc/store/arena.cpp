@@ -58,7 +58,6 @@ uint8_t* Arena::allocate(int64_t page_bytes) {
   const uint32_t slot = chunk.free_slots.back();
   chunk.free_slots.pop_back();
   if (chunk.free_slots.empty()) open.pop_back();
-  used_bytes_ += page_bytes;
   return base + slot * page_bytes;
 }
 
@@ -66,7 +65,6 @@ void Arena::release(uint8_t* page) {
   auto found = std::prev(chunks_.upper_bound(page));
   uint8_t* base = found->first;
   Chunk& chunk = found->second;
-  used_bytes_ -= chunk.slot_bytes;
   std::vector<uint8_t*>& open = open_chunks_[chunk.slot_bytes];
   if (chunk.free_slots.empty()) open.push_back(base);
   chunk.free_slots.push_back(static_cast<uint32_t>((page - base) / chunk.slot_bytes));

@@ -23,7 +23,6 @@ class Arena {
 
   int64_t limit_bytes() const { return limit_bytes_; }
   int64_t mapped_bytes() const { return mapped_bytes_; }
-  int64_t used_bytes() const { return used_bytes_; }
 
  private:
   struct Chunk {
@@ -38,7 +37,6 @@ class Arena {
   const int64_t limit_bytes_;
   const int64_t chunk_bytes_;
   int64_t mapped_bytes_ = 0;
-  int64_t used_bytes_ = 0;
   std::map<uint8_t*, Chunk> chunks_;  // by base address; those with at least one page in use
   std::map<int64_t, std::vector<uint8_t*>> open_chunks_;  // by slot size: bases of chunks with a free slot
   std::vector<uint8_t*> empty_chunks_;                    // mapped, of chunk_bytes_, without a page

@@ -26,7 +26,6 @@ int64_t FileSpace::allocate(int64_t bytes) {
     const int64_t rest = it->second - bytes;
     free_.erase(it);
     if (rest > 0) free_[offset + bytes] = rest;
-    free_bytes_ -= bytes;
     return offset;
   }
   if (end_ + bytes > reserved_) reserve(end_ + bytes);
@@ -36,7 +35,6 @@ int64_t FileSpace::allocate(int64_t bytes) {
 }
 
 void FileSpace::release(int64_t offset, int64_t bytes) {
-  free_bytes_ += bytes;
   auto next = free_.lower_bound(offset);
   if (next != free_.end() && offset + bytes == next->first) {
     bytes += next->second;
@@ -51,7 +49,6 @@ void FileSpace::release(int64_t offset, int64_t bytes) {
     }
   }
   if (offset + bytes == end_) {  // at the end of the file: hand back to the growing edge
-    free_bytes_ -= bytes;
     end_ = offset;
     return;
   }

@@ -22,17 +22,15 @@ class FileSpace {
   int64_t allocate(int64_t bytes);
   void release(int64_t offset, int64_t bytes);
 
-  int64_t file_bytes() const { return reserved_; }                       // space the file takes on the drive
-  int64_t free_bytes() const { return free_bytes_ + reserved_ - end_; }  // of it, not in use
+  int64_t file_bytes() const { return reserved_; }  // space the file takes on the drive
 
  private:
   void reserve(int64_t end);
 
   const int fd_;
   const std::string path_;
-  int64_t end_ = kDataOffset;       // allocated or freed up to here
-  int64_t reserved_ = kDataOffset;  // file size
-  int64_t free_bytes_ = 0;
+  int64_t end_ = kDataOffset;        // allocated or freed up to here
+  int64_t reserved_ = kDataOffset;   // file size
   std::map<int64_t, int64_t> free_;  // offset -> bytes, coalesced
 };
 
