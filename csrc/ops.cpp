@@ -197,7 +197,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
 }
 
 void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType kv_dtype) {
+                  ScalarType dtype, int64_t code_bits) {
   if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
   for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
     if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
@@ -209,7 +209,11 @@ void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k
   geometry.num_kv_heads = num_kv_heads;
   geometry.head_dim_k = head_dim_k;
   geometry.head_dim_v = head_dim_v;
-  geometry.dtype = to_dtype(kv_dtype, "kv_dtype");
+  geometry.dtype = to_dtype(dtype, "dtype");
+  if (code_bits != 0 && code_bits != 8 && code_bits != 4) {
+    fail("code_bits must be 8, 4 or 0 (not quantised), got " + text(code_bits));
+  }
+  geometry.code_bits = static_cast<int>(code_bits);
   const Handle target = open_handle(handle);
   target.drive->create_layer(target.layer, geometry);
 }
@@ -420,8 +424,8 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "int queue_depth, bool resident) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
-      "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType "
-      "kv_dtype) -> ()");
+      "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
+      "int code_bits) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");

@@ -30,7 +30,7 @@ def op_calls(store, directory):
         "open": (torch.tensor([10**6, -1, -1]), directory, "auto", "auto", 2**20, 1, 4, True),
         "probe": (directory, "auto"),
         "supported_simd": (),
-        "create_layer": (torch.tensor([int(drive[0]), 10**6, -1]), 2, 16, 24, torch.float32),
+        "create_layer": (torch.tensor([int(drive[0]), 10**6, -1]), 2, 16, 24, torch.float32, 0),
         "fork_layer": (torch.tensor([int(drive[0]), 10**6, -1]), handle),
         "drop_layer": (ops.fork_layer(handle),),
         "layer_info": (handle,),

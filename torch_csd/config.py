@@ -22,6 +22,8 @@ _KV_DTYPES = {
     "bf16": torch.bfloat16,
     "float16": torch.float16,
     "fp16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.int4,
 }
 
 _INT_MAX = 2**62  # of positions and sizes: sums of two still fit the native side's 64 bits
@@ -65,7 +67,7 @@ def parse_kv_dtype(kv_dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The torch dtype that K and V are stored in; ``None`` stays ``None``: as they come.
 
     Raises:
-        ValueError: if it is not float32, bfloat16 or float16.
+        ValueError: if it is not float32, bfloat16, float16, int8 or int4.
     """
     if kv_dtype is None or kv_dtype in _KV_DTYPES.values():
         return kv_dtype

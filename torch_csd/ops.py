@@ -78,11 +78,11 @@ def close_drive(drive: Tensor) -> None:
 
 
 def create_layer(
-    drive: Tensor, *, num_kv_heads: int, head_dim_k: int, head_dim_v: int, kv_dtype: torch.dtype
+    drive: Tensor, *, num_kv_heads: int, head_dim_k: int, head_dim_v: int, dtype: torch.dtype, code_bits: int
 ) -> Tensor:
-    """A new, empty layer's handle."""
+    """A new, empty layer's handle. ``code_bits`` 8 or 4: all but the newest pages are quantised; 0: none."""
     handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
-    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, kv_dtype)
+    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
     return handle
 
 

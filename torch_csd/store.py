@@ -24,6 +24,8 @@ CAUSAL = {
     "upper_left": ops.CAUSAL_UPPER_LEFT,
 }
 
+CODE_BITS = {torch.int8: 8, torch.int4: 4}
+
 
 @dataclass(frozen=True)
 class StoredLayer:
@@ -84,7 +86,9 @@ class KVStore:
         directory: where the file lives; ``None``: ``$TORCH_CSD_DIRECTORY``, else the temporary directory.
         memory_budget: bounds the memory for pages, reads in flight and partial results, whatever the context length.
             An int (bytes) or text such as ``"512MiB"``. What fits stays in memory and is never read.
-        kv_dtype: dtype on the drive (float32, bfloat16, float16 or their names); ``None``: as appended.
+        kv_dtype: dtype on the drive (float32, bfloat16, float16, int8, int4 or their names); ``None``: as appended.
+            int8 and int4 quantise all but the newest 65 to 128 tokens of a row: K per channel over a page of 64
+            tokens, V per token, each value off by at most half a step: (max - min) / 255 / 2 or / 15 / 2 of its group.
         io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
         threads: workers for reading and arithmetic; ``None``: ``torch.get_num_threads()``.
         queue_depth: reads in flight, all workers together.
@@ -231,7 +235,8 @@ class KVStore:
             num_kv_heads=k.shape[1],
             head_dim_k=k.shape[3],
             head_dim_v=v.shape[3],
-            kv_dtype=kv_dtype,
+            dtype=k.dtype if kv_dtype in CODE_BITS else kv_dtype,
+            code_bits=CODE_BITS.get(kv_dtype, 0),
         )
         return StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
 

@@ -85,6 +85,68 @@ int64_t output_index(const Heads& heads, const Block& block, int64_t q_len, int6
   return ((block.row_begin + row) * heads.num_heads + head) * q_len + query;
 }
 
+// One kv head's part of a page: what of the arithmetic depends on how the page is stored.
+class Tile {
+ public:
+  Tile(const Kernels& kernels, const PageLayout& layout, const uint8_t* page, int64_t kv_head)
+      : kernels_(kernels), layout_(layout), k_(page + kv_head * layout.tile_bytes()) {}
+
+  // Arguments as in kernels.h.
+  void score(const float* q, int64_t query_count, float* scores) const {
+    if (layout_.code_bits == 0) {
+      kernels_.score_tile(layout_.dtype, q, k_, query_count, layout_.head_dim_k, scores);
+    } else {
+      kernels_.score_codes(layout_.code_bits, q, k_, k_params(), query_count, layout_.head_dim_k, scores);
+    }
+  }
+  void accumulate(const float* p, const float* shrink, int64_t query_count, int64_t token_begin,
+                  int64_t token_end, float* out) const {
+    if (layout_.code_bits == 0) {
+      kernels_.accumulate_tile(layout_.dtype, p, shrink, v(), query_count, layout_.head_dim_v, token_begin,
+                               token_end, out);
+    } else {
+      kernels_.accumulate_codes(layout_.code_bits, p, shrink, v(), v_params(), query_count,
+                                layout_.head_dim_v, token_begin, token_end, out);
+    }
+  }
+  void unpack_k(int64_t token_begin, int64_t token_count, DType dtype, void* target) const {
+    const int64_t stride = layout_.head_dim_k;
+    if (layout_.code_bits == 0) {
+      kernels_.unpack_k(layout_.dtype, k_, stride, token_begin, token_count, dtype, stride, target);
+    } else {
+      kernels_.dequantise_k(layout_.code_bits, k_, k_params(), stride, token_begin, token_count, dtype,
+                            stride, target);
+    }
+  }
+  void unpack_v(int64_t token_begin, int64_t token_count, DType dtype, void* target) const {
+    const int64_t stride = layout_.head_dim_v;
+    if (layout_.code_bits == 0) {
+      kernels_.unpack_v(layout_.dtype, v(), stride, token_begin, token_count, dtype, stride, target);
+    } else {
+      kernels_.dequantise_v(layout_.code_bits, v(), v_params(), stride, token_begin, token_count, dtype,
+                            stride, target);
+    }
+  }
+
+ private:
+  const uint8_t* v() const { return k_ + layout_.k_bytes(); }
+  const uint16_t* k_params() const { return reinterpret_cast<const uint16_t*>(k_ + layout_.params_offset()); }
+  const uint16_t* v_params() const { return k_params() + 2 * layout_.head_dim_k; }
+
+  const Kernels& kernels_;
+  const PageLayout& layout_;
+  const uint8_t* const k_;
+};
+
+// The layouts of a layer's two kinds of pages.
+struct Layouts {
+  explicit Layouts(const Geometry& geometry)
+      : stored(geometry.stored()), full_precision(geometry.full_precision()) {}
+  const PageLayout& of(const Page& page) const { return page.quantised ? stored : full_precision; }
+  const PageLayout stored;
+  const PageLayout full_precision;
+};
+
 // ---- attention ----
 
 class AttendPass : public PageConsumer {
@@ -96,6 +158,7 @@ class AttendPass : public PageConsumer {
         request_(request),
         block_(block),
         heads_(layer.geometry, request.num_heads),
+        layouts_(layer.geometry),
         queries_per_head_(block.query_count * heads_.group),
         queries_per_row_(queries_per_head_ * heads_.num_kv_heads),
         worker_count_(worker_count) {
@@ -148,12 +211,11 @@ class AttendPass : public PageConsumer {
     }
     BiasRow bias(request_, block_.row_begin + row, use.index * kPageTokens);
     for (int64_t h = 0; h < heads_.num_kv_heads; ++h) {
-      const uint8_t* k_tile = page + h * geometry.tile_bytes();
-      const uint8_t* v_tile = k_tile + geometry.k_bytes();
+      const Tile tile(kernels_, layouts_.of(*use.page), page, h);
       for (int64_t m = 0; m < queries_per_head_; m += kQueryBlock) {
         const int64_t first = h * queries_per_head_ + m;
         const int64_t count = std::min(kQueryBlock, queries_per_head_ - m);
-        attend_tile(row, use.index, h, m, count, k_tile, v_tile,
+        attend_tile(row, use.index, h, m, count, tile,
                     q_ + (row * queries_per_row_ + first) * geometry.head_dim_k, &bias, states + first,
                     out + first * geometry.head_dim_v);
       }
@@ -278,10 +340,8 @@ class AttendPass : public PageConsumer {
                       std::min(kPageTokens, last - index * kPageTokens));
   }
 
-  void attend_tile(int64_t row, int64_t index, int64_t h, int64_t m, int64_t count, const uint8_t* k_tile,
-                   const uint8_t* v_tile, const float* q, BiasRow* bias, SoftmaxState* states,
-                   float* out) const {
-    const Geometry& geometry = layer_.geometry;
+  void attend_tile(int64_t row, int64_t index, int64_t h, int64_t m, int64_t count, const Tile& tile,
+                   const float* q, BiasRow* bias, SoftmaxState* states, float* out) const {
     alignas(64) float scores[kQueryBlock * kPageTokens];
     float shrink[kQueryBlock];
     ScoreModifier modifiers[kQueryBlock];
@@ -305,7 +365,7 @@ class AttendPass : public PageConsumer {
       }
     }
     if (begin >= end) return;
-    kernels_.score_tile(geometry.dtype, q, k_tile, count, geometry.head_dim_k, scores);
+    tile.score(q, count, scores);
     bool any_visible = false;
     for (int64_t j = 0; j < count; ++j) {
       float* row_scores = scores + j * kPageTokens;
@@ -330,8 +390,7 @@ class AttendPass : public PageConsumer {
       shrink[j] = kernels_.softmax_row(row_scores, modifier, &states[j]);
     }
     if (!any_visible) return;
-    kernels_.accumulate_tile(geometry.dtype, scores, shrink, v_tile, count, geometry.head_dim_v, begin, end,
-                             out);
+    tile.accumulate(scores, shrink, count, begin, end, out);
   }
 
   float* worker_out(int64_t worker, int64_t row) const {
@@ -370,6 +429,7 @@ class AttendPass : public PageConsumer {
   const AttendRequest& request_;
   const Block block_;
   const Heads heads_;
+  const Layouts layouts_;
   const int64_t queries_per_head_;
   const int64_t queries_per_row_;
   const int worker_count_;
@@ -389,6 +449,7 @@ class ScoresPass : public PageConsumer {
         request_(request),
         block_(block),
         heads_(layer.geometry, request.num_heads),
+        layouts_(layer.geometry),
         queries_per_head_(block.query_count * heads_.group) {
     q_ = static_cast<float*>(context.scratch->reserve(block.row_count * heads_.num_kv_heads *
                                                       queries_per_head_ * layer.geometry.head_dim_k *
@@ -406,11 +467,11 @@ class ScoresPass : public PageConsumer {
     alignas(64) float scores[kQueryBlock * kPageTokens];
     auto* out = static_cast<uint8_t*>(request_.out);
     for (int64_t h = 0; h < heads_.num_kv_heads; ++h) {
+      const Tile tile(kernels_, layouts_.of(*use.page), page, h);
       for (int64_t m = 0; m < queries_per_head_; m += kQueryBlock) {
         const int64_t count = std::min(kQueryBlock, queries_per_head_ - m);
         const float* q = q_ + ((row * heads_.num_kv_heads + h) * queries_per_head_ + m) * geometry.head_dim_k;
-        kernels_.score_tile(geometry.dtype, q, page + h * geometry.tile_bytes(), count, geometry.head_dim_k,
-                            scores);
+        tile.score(q, count, scores);
         for (int64_t j = 0; j < count; ++j) {
           const int64_t index = output_index(heads_, block_, request_.q_len, row, h, m + j) * kv_len +
                                 position + begin - request_.span.kv_begin;
@@ -427,6 +488,7 @@ class ScoresPass : public PageConsumer {
   const ScoresRequest& request_;
   const Block block_;
   const Heads heads_;
+  const Layouts layouts_;
   const int64_t queries_per_head_;
   float* q_ = nullptr;
 };
@@ -440,6 +502,7 @@ class WeightedSumPass : public PageConsumer {
         request_(request),
         block_(block),
         heads_(layer.geometry, request.num_heads),
+        layouts_(layer.geometry),
         queries_per_head_(block.query_count * heads_.group),
         worker_count_(worker_count),
         values_per_worker_(block.row_count * heads_.num_kv_heads * queries_per_head_ *
@@ -460,7 +523,7 @@ class WeightedSumPass : public PageConsumer {
     std::fill_n(shrink, kQueryBlock, 1.0f);
     const auto* p = static_cast<const uint8_t*>(request_.p.data);
     for (int64_t h = 0; h < heads_.num_kv_heads; ++h) {
-      const uint8_t* v_tile = page + h * geometry.tile_bytes() + geometry.k_bytes();
+      const Tile tile(kernels_, layouts_.of(*use.page), page, h);
       for (int64_t m = 0; m < queries_per_head_; m += kQueryBlock) {
         const int64_t count = std::min(kQueryBlock, queries_per_head_ - m);
         for (int64_t j = 0; j < count; ++j) {
@@ -474,8 +537,7 @@ class WeightedSumPass : public PageConsumer {
         }
         float* out = out_ + worker * values_per_worker_ +
                      ((row * heads_.num_kv_heads + h) * queries_per_head_ + m) * geometry.head_dim_v;
-        kernels_.accumulate_tile(geometry.dtype, weights, shrink, v_tile, count, geometry.head_dim_v, begin,
-                                 end, out);
+        tile.accumulate(weights, shrink, count, begin, end, out);
       }
     }
   }
@@ -504,6 +566,7 @@ class WeightedSumPass : public PageConsumer {
   const WeightedSumRequest& request_;
   const Block block_;
   const Heads heads_;
+  const Layouts layouts_;
   const int64_t queries_per_head_;
   const int worker_count_;
   const int64_t values_per_worker_;
@@ -513,7 +576,7 @@ class WeightedSumPass : public PageConsumer {
 class ReadPass : public PageConsumer {
  public:
   ReadPass(const Kernels& kernels, const Layer& layer, const ReadRequest& request)
-      : kernels_(kernels), layer_(layer), request_(request) {}
+      : kernels_(kernels), layer_(layer), request_(request), layouts_(layer.geometry) {}
 
   void consume(int, const PageUse& use, const uint8_t* page) override {
     const Geometry& geometry = layer_.geometry;
@@ -523,19 +586,17 @@ class ReadPass : public PageConsumer {
     const int64_t begin = std::max<int64_t>(0, request_.span.kv_begin - position);
     const int64_t end = std::min(kPageTokens, request_.span.kv_end - position);
     for (int64_t h = 0; h < geometry.num_kv_heads; ++h) {
-      const uint8_t* tile = page + h * geometry.tile_bytes();
+      const Tile tile(kernels_, layouts_.of(*use.page), page, h);
       const int64_t token =
           (row * geometry.num_kv_heads + h) * kv_len + position + begin - request_.span.kv_begin;
       const int64_t bytes = element_bytes(request_.dtype);
       if (request_.k != nullptr) {
-        kernels_.unpack_k(geometry.dtype, tile, geometry.head_dim_k, begin, end - begin, request_.dtype,
-                          geometry.head_dim_k,
-                          static_cast<uint8_t*>(request_.k) + token * geometry.head_dim_k * bytes);
+        tile.unpack_k(begin, end - begin, request_.dtype,
+                      static_cast<uint8_t*>(request_.k) + token * geometry.head_dim_k * bytes);
       }
       if (request_.v != nullptr) {
-        kernels_.unpack_v(geometry.dtype, tile + geometry.k_bytes(), geometry.head_dim_v, begin, end - begin,
-                          request_.dtype, geometry.head_dim_v,
-                          static_cast<uint8_t*>(request_.v) + token * geometry.head_dim_v * bytes);
+        tile.unpack_v(begin, end - begin, request_.dtype,
+                      static_cast<uint8_t*>(request_.v) + token * geometry.head_dim_v * bytes);
       }
     }
   }
@@ -544,12 +605,13 @@ class ReadPass : public PageConsumer {
   const Kernels& kernels_;
   const Layer& layer_;
   const ReadRequest& request_;
+  const Layouts layouts_;
 };
 
 void run(const PassContext& context, const Layer& layer, const std::vector<PageUse>& uses,
          int64_t compute_weight, int worker_count, PageConsumer* pass) {
-  const int64_t page_bytes = layer.geometry.page_bytes();
-  const Plan plan = make_plan(uses, page_bytes, context.stream->read_bytes_max(page_bytes));
+  const int64_t page_bytes = layer.geometry.full_precision().page_bytes();
+  const Plan plan = make_plan(uses, context.stream->read_bytes_max(page_bytes));
   context.stream->run(plan, page_bytes, compute_weight, worker_count, pass);
 }
 

@@ -94,7 +94,7 @@ Layer& Drive::find(int64_t layer_id) {
 void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  const int64_t page_bytes = geometry.page_bytes();
+  const int64_t page_bytes = geometry.full_precision().page_bytes();
   if (page_bytes > page_bytes_max(options_.memory_budget_bytes)) {
     const std::string page = "pages of " + text(page_bytes) + " bytes (" + text(geometry.num_kv_heads) +
                              " kv heads, head_dim " + text(geometry.head_dim_k) + " + " +
@@ -116,7 +116,8 @@ void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   Layer copy = find(source_id);
-  for (Row& row : copy.rows) row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.page_bytes());
+  for (Row& row : copy.rows)
+    row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.stored().page_bytes());
   layers_[layer_id] = std::move(copy);
 }
 
@@ -139,7 +140,7 @@ LayerInfo Drive::info(int64_t layer_id) {
 
 Row Drive::new_row(const Geometry& geometry) {
   Row row;
-  row.stream = std::make_shared<ExtentStream>(space_, geometry.page_bytes());
+  row.stream = std::make_shared<ExtentStream>(space_, geometry.stored().page_bytes());
   return row;
 }
 
@@ -189,6 +190,7 @@ void Drive::append(int64_t layer_id, const AppendRequest& request) {
 void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index,
                        int64_t token_count, std::vector<ReplacedTail>* replaced) {
   const Geometry& geometry = layer->geometry;
+  const PageLayout layout = geometry.full_precision();
   const int64_t bytes = element_bytes(request.dtype);
   const auto* k = static_cast<const uint8_t*>(request.k) + index * request.k_strides[0] * bytes;
   const auto* v = static_cast<const uint8_t*>(request.v) + index * request.v_strides[0] * bytes;
@@ -198,12 +200,12 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
     const int64_t count = std::min(kPageTokens - slot, token_count - done);
     Page* page = writable_tail(geometry, row, replaced);
     for (int64_t h = 0; h < geometry.num_kv_heads; ++h) {
-      uint8_t* tile = page->memory + h * geometry.tile_bytes();
+      uint8_t* tile = page->memory + h * layout.tile_bytes();
       kernels_.pack_k(request.dtype, k + (h * request.k_strides[1] + done * request.k_strides[2]) * bytes,
                       request.k_strides[2], geometry.dtype, geometry.head_dim_k, slot, count, tile);
       kernels_.pack_v(request.dtype, v + (h * request.v_strides[1] + done * request.v_strides[2]) * bytes,
                       request.v_strides[2], geometry.dtype, geometry.head_dim_v, slot, count,
-                      tile + geometry.k_bytes());
+                      tile + layout.k_bytes());
     }
     row->length += count;
     done += count;
@@ -217,8 +219,9 @@ Page* Drive::writable_tail(const Geometry& geometry, Row* row, std::vector<Repla
   const bool exists = index < row->end_page();
   if (exists && row->pages.back().use_count() == 1 && row->pages.back()->writable())
     return row->pages.back().get();
-  auto page = std::make_shared<Page>(arena_.get(), geometry.page_bytes());
-  page->memory = page_memory(geometry.page_bytes());
+  const PageLayout layout = geometry.full_precision();
+  auto page = std::make_shared<Page>(arena_.get(), layout);
+  page->memory = page_memory(page->page_bytes);
   page->stream = row->stream;
   if (exists) {  // shared, or already on the drive: continue on a copy
     const Page& old = *row->pages.back();
@@ -400,7 +403,7 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
       rows.push_back(std::move(old));  // the last user of a row takes it over, with the extent it fills
     } else {
       rows.push_back(old);
-      rows.back().stream = std::make_shared<ExtentStream>(space_, layer.geometry.page_bytes());
+      rows.back().stream = std::make_shared<ExtentStream>(space_, layer.geometry.stored().page_bytes());
     }
   }
   layer.rows = std::move(rows);
@@ -513,7 +516,7 @@ std::string Drive::stats_json() {
     for (const Row& row : layer.rows) {
       for (const std::shared_ptr<Page>& page : row.pages) {
         (page->memory != nullptr ? pages_resident : pages_on_drive)++;
-        stored_bytes += layer.geometry.page_bytes();
+        stored_bytes += page->page_bytes;
       }
     }
   }

@@ -4,10 +4,15 @@
 
 namespace csd {
 
-Plan make_plan(const std::vector<PageUse>& uses, int64_t page_bytes, int64_t read_bytes_max) {
+Plan make_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max) {
   Plan plan;
   for (const PageUse& use : uses) {
-    (use.page->memory != nullptr ? plan.memory_uses : plan.drive_uses).push_back(use);
+    if (use.page->memory == nullptr) {
+      plan.drive_uses.push_back(use);
+    } else {
+      plan.memory_uses.push_back(use);
+      plan.memory_bytes += use.page->page_bytes;
+    }
   }
   // By place on the drive, not by token: rows interleave there, and evicted pages may lie in any order.
   const auto by_offset = [](const PageUse& a, const PageUse& b) {
@@ -19,6 +24,7 @@ Plan make_plan(const std::vector<PageUse>& uses, int64_t page_bytes, int64_t rea
   const auto count = static_cast<int64_t>(plan.drive_uses.size());
   for (int64_t i = 0; i < count; ++i) {
     const int64_t offset = plan.drive_uses[static_cast<size_t>(i)].page->file_offset;
+    const int64_t page_bytes = plan.drive_uses[static_cast<size_t>(i)].page->page_bytes;
     if (!plan.reads.empty()) {
       ReadRun& run = plan.reads.back();
       const int64_t run_end = run.file_offset + run.bytes;

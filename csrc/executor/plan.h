@@ -30,9 +30,10 @@ struct Plan {
   std::vector<PageUse> drive_uses;  // by file offset
   std::vector<ReadRun> reads;
   int64_t read_bytes = 0;
+  int64_t memory_bytes = 0;  // of memory_uses
 };
 
 // read_bytes_max: no run is longer, except that it holds at least one page.
-Plan make_plan(const std::vector<PageUse>& uses, int64_t page_bytes, int64_t read_bytes_max);
+Plan make_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max);
 
 }  // namespace csd

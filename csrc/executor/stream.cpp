@@ -144,7 +144,7 @@ void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weigh
                    pass.error);
   }
   counters_.drive_read_bytes += plan.read_bytes;
-  counters_.resident_read_bytes += memory_uses * page_bytes;
+  counters_.resident_read_bytes += plan.memory_bytes;
 }
 
 // One worker of a pass. It keeps its slots reading, and computes on pages in memory, or on what has landed.

@@ -9,6 +9,7 @@
 
 #include "kernels/kernels.h"
 #include "kernels/pack.h"
+#include "kernels/quantise.h"
 #include "kernels/target.h"
 
 namespace csd {
@@ -539,7 +540,10 @@ void unpack_v(DType tile_dtype, const void* v_tile, int64_t head_dim, int64_t to
 CSD_TARGET_END
 
 const Kernels kAvx2Kernels = {
-    "avx2", score_tile, softmax_row, accumulate_tile, blend, load, store, pack_k, pack_v, unpack_k, unpack_v,
+    "avx2",       score_tile,   softmax_row,      accumulate_tile, blend,
+    load,         store,        pack_k,           pack_v,          unpack_k,
+    unpack_v,     score_codes,  accumulate_codes, quantise_k,      quantise_v,
+    dequantise_k, dequantise_v,
 };
 
 }  // namespace csd

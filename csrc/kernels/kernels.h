@@ -75,6 +75,34 @@ struct Kernels {
                    int64_t token_count, DType target_dtype, int64_t token_stride, void* target);
   void (*unpack_v)(DType tile_dtype, const void* v_tile, int64_t head_dim, int64_t token_begin,
                    int64_t token_count, DType target_dtype, int64_t token_stride, void* target);
+
+  // ---- quantised tiles: code_bits is 8 or 4, the bits lie as quantise.h says ----
+
+  // As score_tile. The channels' scales fold into q and the zero points into one sum per query; q then has
+  // the 16 bits of integer products (quantise.h says how near that is). k_params: [2][head_dim], scale then
+  // zero.
+  void (*score_codes)(int code_bits, const float* q, const void* k_codes, const uint16_t* k_params,
+                      int64_t query_count, int64_t head_dim, float* scores);
+
+  // As accumulate_tile, with the tokens' scales folded into p. v_params: [2][kPageTokens], scale then zero.
+  void (*accumulate_codes)(int code_bits, const float* p, const float* shrink, const void* v_codes,
+                           const uint16_t* v_params, int64_t query_count, int64_t head_dim,
+                           int64_t token_begin, int64_t token_end, float* out);
+
+  // Quantises kPageTokens tokens of one kv head: K per channel over the page, V per token. The source is as
+  // in pack_k and pack_v.
+  void (*quantise_k)(int code_bits, DType source_dtype, const void* source, int64_t token_stride,
+                     int64_t head_dim, void* k_codes, uint16_t* k_params);
+  void (*quantise_v)(int code_bits, DType source_dtype, const void* source, int64_t token_stride,
+                     int64_t head_dim, void* v_codes, uint16_t* v_params);
+
+  // The reverse, as unpack_k and unpack_v.
+  void (*dequantise_k)(int code_bits, const void* k_codes, const uint16_t* k_params, int64_t head_dim,
+                       int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
+                       void* target);
+  void (*dequantise_v)(int code_bits, const void* v_codes, const uint16_t* v_params, int64_t head_dim,
+                       int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
+                       void* target);
 };
 
 extern const Kernels kSerialKernels;

@@ -16,7 +16,8 @@ namespace csd {
 // kPageTokens tokens of one row of one layer, for all kv heads. It is in memory, or on the drive, or (while
 // it is being written) in both. Rows share pages; a page that is shared or written is never modified again.
 struct Page {
-  Page(Arena* arena, int64_t page_bytes) : arena(arena), page_bytes(page_bytes) {}
+  Page(Arena* arena, const PageLayout& layout)
+      : arena(arena), page_bytes(layout.page_bytes()), quantised(layout.code_bits != 0) {}
   ~Page() {
     if (memory != nullptr) arena->release(memory);
   }
@@ -27,6 +28,7 @@ struct Page {
 
   Arena* const arena;  // outlives every page
   const int64_t page_bytes;
+  const bool quantised;  // else of full precision
   uint8_t* memory = nullptr;
   bool sealed = false;                   // full, so that it may leave memory at no cost to the next append
   int64_t file_offset = -1;              // where it is, or is being written
