@@ -65,6 +65,42 @@ def attention(
     return p @ v, lse
 
 
+def quantise(values: Tensor, code_bits: int, dim: int) -> Tensor:
+    """What codes of ``code_bits`` bits give back for ``values``, each slice along ``dim`` a group of its own.
+
+    Asymmetric: ``zero + scale * code`` with code in ``0 ... 2**code_bits - 1`` (KIVI, 2402.02750). Both are float16;
+    zero is rounded down and scale up, so that no value is off by more than ``scale / 2``.
+
+    Returns:
+        float64, of the same shape.
+    """
+    levels = 2**code_bits - 1
+    values = values.float()
+    low, high = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
+    zero = low.half()
+    zero = torch.where(zero.float() > low, torch.nextafter(zero, torch.full_like(zero, -torch.inf)), zero).float()
+    step = (high - zero) / levels
+    scale = step.half()
+    scale = torch.where(scale.float() < step, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale).float()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    codes = torch.round((values - zero) * inverse).clamp(0, levels)
+    return zero.double() + scale.double() * codes.double()
+
+
+def stored(
+    k: Tensor, v: Tensor, code_bits: int, *, page_tokens: int = 64, tail_pages: int = 2
+) -> tuple[Tensor, Tensor]:
+    """K and V ``[batch, num_kv_heads, tokens, head_dim]`` as a quantising store holds them after one append, float64.
+
+    The newest ``tail_pages`` pages, a partial one included, are as they came; in older ones K is quantised per channel
+    over a page, V per token.
+    """
+    end = max(0, -(-k.shape[2] // page_tokens) - tail_pages) * page_tokens
+    pages = k[:, :, :end].unflatten(2, (-1, page_tokens))
+    k_codes, v_codes = quantise(pages, code_bits, dim=3).flatten(2, 3), quantise(v[:, :, :end], code_bits, dim=3)
+    return torch.cat([k_codes, k[:, :, end:].double()], dim=2), torch.cat([v_codes, v[:, :, end:].double()], dim=2)
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from the attention over each (FlashAttention, 2205.14135, Alg. 1).
 

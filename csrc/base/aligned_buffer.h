@@ -1,10 +1,11 @@
-// Uninitialised scratch memory that grows and is reused. 64-byte aligned: one cache line, one AVX-512
-// register.
+// Uninitialised scratch memory that grows and is reused. Aligned for direct I/O, and so for every register.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+
+#include "base/types.h"
 
 namespace csd {
 
@@ -31,7 +32,7 @@ class AlignedBuffer {
   int64_t bytes() const { return bytes_; }
 
  private:
-  static constexpr size_t kAlignment = 64;
+  static constexpr size_t kAlignment = kBlockBytes;
   void* data_ = nullptr;
   int64_t bytes_ = 0;
 };

@@ -15,8 +15,11 @@ constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kMemoryBudgetMin = 1 * kMiB;
 constexpr int64_t kStagingBytesMax = 32 * kMiB;  // 32 reads of 1 MiB, or as many as the budget allows
 constexpr int64_t kScratchBytesMax = 64 * kMiB;
-constexpr int64_t kWriteWindowBytes = 16 * kMiB;  // on the way to the drive at once
-constexpr int kWriteDepth = 32;
+constexpr int64_t kWriteWindowBytes = 16 * kMiB;  // on the way to the drive at once, to make room
+constexpr int64_t kWriteBehindBytes = 64 * kMiB;  // the same while nobody waits for it
+constexpr int kWriteDepth = 64;
+constexpr int64_t kTailPages = 2;         // of full precision, at most, where older ones are quantised
+constexpr int64_t kPackBytes = 8 * kMiB;  // of pages packed together
 
 // How memory_budget is divided; the arena has the rest.
 int64_t staging_bytes(int64_t budget_bytes) {
@@ -33,6 +36,12 @@ int64_t scratch_bytes(int64_t budget_bytes) { return std::min(kScratchBytesMax, 
 int64_t page_bytes_max(int64_t budget_bytes) {
   const int64_t staging = staging_bytes(budget_bytes);
   return std::min(staging, budget_bytes - staging - scratch_bytes(budget_bytes)) / 2;
+}
+
+// The first page that is to be of full precision in a row of this length: the newest one or two pages are, so
+// that appending and cropping there touch no codes.
+int64_t first_tail_page(int64_t length) {
+  return std::max<int64_t>(0, (length + kPageTokens - 1) / kPageTokens - kTailPages);
 }
 
 std::string text(int64_t value) { return std::to_string(value); }
@@ -56,6 +65,7 @@ Drive::Drive(const DriveOptions& options)
     stream_ =
         std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, static_cast<int>(options.threads),
                                      static_cast<int>(options.queue_depth), staging);
+    packer_ = std::make_unique<Packer>(&kernels_, &stream_->pool());
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
   } catch (...) {
@@ -159,111 +169,208 @@ void Drive::append(int64_t layer_id, const AppendRequest& request) {
                                        " rows, got a batch of " + text(request.row_count) +
                                        "; reorder() or free() the layer to change its batch");
   }
-  struct Before {
-    int64_t length;
-    int64_t end_page;
-  };
-  std::vector<Before> before;
-  for (const Row& row : layer.rows) before.push_back({row.length, row.end_page()});
-  std::vector<ReplacedTail> replaced;
+  std::vector<int64_t> lengths_before;
+  std::vector<int64_t> ends_before;  // in pages
+  for (const Row& row : layer.rows) {
+    lengths_before.push_back(row.length);
+    ends_before.push_back(row.end_page());
+  }
+  std::vector<ReplacedPage> replaced;
+  int64_t token_total = 0;
+  arena_full_ = false;
   try {
     for (int64_t i = 0; i < request.row_count; ++i) {
       const int64_t token_count = request.lengths != nullptr ? request.lengths[i] : request.q_len;
       append_row(&layer, &layer.rows[static_cast<size_t>(i)], request, i, token_count, &replaced);
-      appended_tokens_ += token_count;
+      token_total += token_count;
     }
+    finish_packing();
+    if (layer.geometry.quantised()) quantise_tails(&layer, lengths_before, &replaced);
+    write_behind(token_total * layer.geometry.stored().page_bytes() / kPageTokens);
     writer_->flush();
     settle_writes();
+    appended_tokens_ += token_total;
   } catch (...) {
+    packer_->cancel([this](const Packer::Job& job) { add_candidate(job.page); });
     // Slots that were written behind a row's length hold nothing; pages are taken off, or put back.
-    for (size_t i = 0; i < before.size(); ++i) {
+    for (size_t i = 0; i < layer.rows.size(); ++i) {
       Row& row = layer.rows[i];
-      row.length = before[i].length;
-      while (row.end_page() > before[i].end_page) row.pages.pop_back();
+      row.length = lengths_before[i];
+      while (row.end_page() > ends_before[i]) row.pages.pop_back();
     }
-    for (ReplacedTail& tail : replaced) tail.row->pages.back() = std::move(tail.page);
+    for (auto page = replaced.rbegin(); page != replaced.rend(); ++page) {
+      if (page->page->writable()) add_candidate(page->page);
+      page->row->pages[static_cast<size_t>(page->index - page->row->first_page)] = std::move(page->page);
+    }
     if (was_empty) layer.rows.clear();
     throw;
   }
 }
 
 void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index,
-                       int64_t token_count, std::vector<ReplacedTail>* replaced) {
+                       int64_t token_count, std::vector<ReplacedPage>* replaced) {
   const Geometry& geometry = layer->geometry;
-  const PageLayout layout = geometry.full_precision();
+  const PageLayout stored = geometry.stored();
+  const PageLayout full_precision = geometry.full_precision();
+  const int64_t tail = geometry.quantised() ? first_tail_page(row->length + token_count) : 0;
   const int64_t bytes = element_bytes(request.dtype);
   const auto* k = static_cast<const uint8_t*>(request.k) + index * request.k_strides[0] * bytes;
   const auto* v = static_cast<const uint8_t*>(request.v) + index * request.v_strides[0] * bytes;
+  NewTokens tokens;
+  tokens.dtype = request.dtype;
+  std::copy_n(request.k_strides + 1, 2, tokens.k_strides);
+  std::copy_n(request.v_strides + 1, 2, tokens.v_strides);
   row->stream->expect((token_count + kPageTokens - 1) / kPageTokens);
-  for (int64_t done = 0; done < token_count;) {
-    const int64_t slot = row->length % kPageTokens;
-    const int64_t count = std::min(kPageTokens - slot, token_count - done);
-    Page* page = writable_tail(geometry, row, replaced);
-    for (int64_t h = 0; h < geometry.num_kv_heads; ++h) {
-      uint8_t* tile = page->memory + h * layout.tile_bytes();
-      kernels_.pack_k(request.dtype, k + (h * request.k_strides[1] + done * request.k_strides[2]) * bytes,
-                      request.k_strides[2], geometry.dtype, geometry.head_dim_k, slot, count, tile);
-      kernels_.pack_v(request.dtype, v + (h * request.v_strides[1] + done * request.v_strides[2]) * bytes,
-                      request.v_strides[2], geometry.dtype, geometry.head_dim_v, slot, count,
-                      tile + layout.k_bytes());
+  for (int64_t done = 0; done < token_count; done += tokens.count) {
+    tokens.slot = row->length % kPageTokens;
+    tokens.count = std::min(kPageTokens - tokens.slot, token_count - done);
+    tokens.k = k + done * request.k_strides[2] * bytes;
+    tokens.v = v + done * request.v_strides[2] * bytes;
+    if (tokens.count == kPageTokens && row->length / kPageTokens < tail) {
+      std::shared_ptr<Page> page = new_page(*row, stored);
+      if (row->pages.empty()) row->first_page = row->length / kPageTokens;
+      row->pages.push_back(page);
+      packer_->add({std::move(page), stored, true, tokens, nullptr, {}});
+    } else {
+      const bool completes = tokens.slot + tokens.count == kPageTokens && !geometry.quantised();
+      packer_->add({writable_tail(geometry, row, replaced), full_precision, completes, tokens, nullptr, {}});
     }
-    row->length += count;
-    done += count;
-    if (row->length % kPageTokens == 0) seal(row->pages.back());
+    row->length += tokens.count;
+    if (packer_->queued_bytes() >= kPackBytes) finish_packing();
   }
 }
 
-// The page that the row's next token goes to: in memory, not on the drive, and the row's alone.
-Page* Drive::writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedTail>* replaced) {
-  const int64_t index = row->length / kPageTokens;
-  const bool exists = index < row->end_page();
-  if (exists && row->pages.back().use_count() == 1 && row->pages.back()->writable())
-    return row->pages.back().get();
-  const PageLayout layout = geometry.full_precision();
+std::shared_ptr<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
   auto page = std::make_shared<Page>(arena_.get(), layout);
   page->memory = page_memory(page->page_bytes);
-  page->stream = row->stream;
-  if (exists) {  // shared, or already on the drive: continue on a copy
+  page->stream = row.stream;
+  return page;
+}
+
+// The page that the row's next token goes to: of full precision, in memory, not on the drive, the row's
+// alone.
+const std::shared_ptr<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
+                                                  std::vector<ReplacedPage>* replaced) {
+  const int64_t index = row->length / kPageTokens;
+  const bool exists = index < row->end_page();
+  if (exists) {
+    const std::shared_ptr<Page>& last = row->pages.back();
+    if (last.use_count() == 1 && last->writable() && !last->quantised) return last;
+  }
+  std::shared_ptr<Page> page = new_page(*row, geometry.full_precision());
+  if (exists) {  // shared, already on the drive, or quantised (after a crop): continue on a copy
     const Page& old = *row->pages.back();
-    if (old.memory != nullptr) {
+    if (old.quantised) {
+      const uint8_t* image = old.memory;
+      if (image == nullptr) {
+        auto* memory = static_cast<uint8_t*>(page_image_.reserve(old.page_bytes));
+        read_page(old, memory);
+        image = memory;
+      }
+      packer_->convert(image, geometry.stored(), page->memory, geometry.full_precision());
+    } else if (old.memory != nullptr) {
       std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes));
     } else {
       read_page(old, page->memory);
     }
-    replaced->push_back({row, std::move(row->pages.back())});
-    row->pages.back() = page;
+    replaced->push_back({row, index, std::move(row->pages.back())});
+    row->pages.back() = std::move(page);
   } else {
     if (row->pages.empty()) row->first_page = index;
-    row->pages.push_back(page);
+    row->pages.push_back(std::move(page));
   }
-  add_candidate(&tails_, page);
-  return page.get();
+  return row->pages.back();
+}
+
+// Quantises the pages of every row that the append has pushed out of the tail. Rows that share one (beams) go
+// on sharing it.
+void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
+                           std::vector<ReplacedPage>* replaced) {
+  const PageLayout stored = layer->geometry.stored();
+  const PageLayout full_precision = layer->geometry.full_precision();
+  std::map<const Page*, std::shared_ptr<Page>> quantised;
+  for (size_t i = 0; i < layer->rows.size(); ++i) {
+    Row& row = layer->rows[i];
+    const int64_t begin = std::max(row.first_page, first_tail_page(lengths_before[i]));
+    for (int64_t index = begin; index < first_tail_page(row.length); ++index) {
+      std::shared_ptr<Page>& place = row.pages[static_cast<size_t>(index - row.first_page)];
+      if (place->quantised) continue;
+      std::shared_ptr<Page>& page = quantised[place.get()];
+      if (page == nullptr) {
+        page = new_page(row, stored);
+        if (place->evictable()) {
+          packer_->add({page, stored, true, {}, place, full_precision});
+        } else {  // on the drive, or on its way there: its memory may go before the packer comes to it
+          const uint8_t* image = place->memory;
+          if (image == nullptr) {
+            auto* memory = static_cast<uint8_t*>(page_image_.reserve(place->page_bytes));
+            read_page(*place, memory);
+            image = memory;
+          }
+          packer_->convert(image, full_precision, page->memory, stored);
+          seal(page);
+        }
+      }
+      replaced->push_back({&row, index, std::move(place)});
+      place = page;
+      if (packer_->queued_bytes() >= kPackBytes) finish_packing();
+    }
+  }
+  finish_packing();
+}
+
+// Fills the pages that are queued. From then on they may leave memory.
+void Drive::finish_packing() {
+  packer_->run([this](const Packer::Job& job) {
+    if (job.completes) {
+      seal(job.page);
+    } else {
+      add_candidate(job.page);
+    }
+  });
+}
+
+// An append that had to make room is seldom the last: starts writing as much as it brought, so that the next
+// one finds room without waiting for the drive.
+void Drive::write_behind(int64_t appended_bytes) {
+  if (!arena_full_) return;
+  const int64_t window = std::min({appended_bytes, kWriteBehindBytes, arena_->limit_bytes() / 4});
+  try {
+    while (writer_->pending_bytes() < window && evict_one()) {
+    }
+  } catch (const Error& error) {
+    // No space: this append stands. The next one that needs the room says so.
+    if (error.kind() != ErrorKind::kNoSpace) throw;
+  }
 }
 
 void Drive::seal(const std::shared_ptr<Page>& page) {
   page->sealed = true;
   if (options_.resident) {
-    add_candidate(&sealed_, page);
+    add_candidate(page);
     return;
   }
   writer_->add(page);
-  while (writer_->pending_bytes() > kWriteWindowBytes) {
+  while (writer_->pending_bytes() > std::min(kWriteBehindBytes, arena_->limit_bytes() / 4)) {
     writer_->reap(true);
     settle_writes();
   }
 }
 
-void Drive::add_candidate(Candidates* candidates, const std::shared_ptr<Page>& page) {
-  std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
-  if (pages.size() >= candidates->sweep_at) {
-    const bool sealed = page->sealed;
-    const auto stale = [sealed](const std::weak_ptr<Page>& entry) {
+void Drive::add_candidate(const std::shared_ptr<Page>& page) {
+  const Listed wanted = page->sealed ? Listed::kSealed : Listed::kTail;
+  if (page->listed == wanted || !page->writable()) return;
+  Candidates& candidates = page->sealed ? sealed_ : tails_;
+  std::vector<std::weak_ptr<Page>>& pages = candidates.pages;
+  if (pages.size() >= candidates.sweep_at) {
+    const auto stale = [wanted](const std::weak_ptr<Page>& entry) {
       const std::shared_ptr<Page> other = entry.lock();
-      return other == nullptr || !other->writable() || other->sealed != sealed;
+      return other == nullptr || !other->writable() || other->listed != wanted;
     };
     pages.erase(std::remove_if(pages.begin(), pages.end(), stale), pages.end());
-    candidates->sweep_at = std::max<size_t>(1024, 2 * pages.size());
+    candidates.sweep_at = std::max<size_t>(1024, 2 * pages.size());
   }
+  page->listed = wanted;
   pages.push_back(page);
 }
 
@@ -272,14 +379,19 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
   const int64_t window = std::min(kWriteWindowBytes, arena_->limit_bytes() / 4);
   for (;;) {
     if (uint8_t* memory = arena_->allocate(page_bytes)) return memory;
+    arena_full_ = true;
     // Many pages on their way at once, so that the drive is kept busy; then wait for the first to be done.
     while (writer_->pending_bytes() < window && evict_one()) {
     }
     writer_->flush();
     if (writer_->idle()) {
-      throw Error(ErrorKind::kBudget, "memory_budget of " + text(options_.memory_budget_bytes) +
-                                          " bytes has no room for another page of " + text(page_bytes) +
-                                          " bytes; raise it");
+      if (packer_->empty()) {
+        throw Error(ErrorKind::kBudget, "memory_budget of " + text(options_.memory_budget_bytes) +
+                                            " bytes has no room for another page of " + text(page_bytes) +
+                                            " bytes; raise it");
+      }
+      finish_packing();  // what is pinned may go then
+      continue;
     }
     writer_->reap(true);
     settle_writes();
@@ -293,14 +405,14 @@ bool Drive::evict_one() {
     std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
     while (!pages.empty()) {
       const std::shared_ptr<Page> page = pages.back().lock();
-      if (page == nullptr || !page->writable()) {
-        pages.pop_back();
-        continue;
+      const bool evictable = page != nullptr && page->evictable();
+      if (evictable) {
+        writer_->add(page);
+        if (!page->sealed) tail_spills_++;
       }
-      writer_->add(page);
-      if (!page->sealed) tail_spills_++;
+      if (page != nullptr) page->listed = Listed::kNo;  // if it is pinned, the packer's end lists it again
       pages.pop_back();
-      return true;
+      if (evictable) return true;
     }
   }
   return false;
@@ -312,6 +424,7 @@ void Drive::settle_writes() {
   writer_->reap(false);
   for (const std::shared_ptr<Page>& page : writer_->take_failed()) {
     std::vector<std::weak_ptr<Page>>& pages = (page->sealed ? sealed_ : tails_).pages;
+    page->listed = page->sealed ? Listed::kSealed : Listed::kTail;
     pages.insert(pages.begin(), page);
   }
   writer_->throw_error();

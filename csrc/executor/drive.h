@@ -17,6 +17,7 @@
 
 #include "base/fair_mutex.h"
 #include "executor/attend.h"
+#include "executor/packer.h"
 #include "executor/stream.h"
 #include "executor/writer.h"
 #include "io/io.h"
@@ -87,9 +88,10 @@ class Drive {
   std::string stats_json();
 
  private:
-  // A tail that an append went on from on a copy, kept until the append is sure to stand.
-  struct ReplacedTail {
+  // A page that an append put another in the place of, kept until the append is sure to stand.
+  struct ReplacedPage {
     Row* row;
+    int64_t index;
     std::shared_ptr<Page> page;
   };
 
@@ -97,8 +99,14 @@ class Drive {
   void check_process() const;
   Row new_row(const Geometry& geometry);
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
-                  std::vector<ReplacedTail>* replaced);
-  Page* writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedTail>* replaced);
+                  std::vector<ReplacedPage>* replaced);
+  std::shared_ptr<Page> new_page(const Row& row, const PageLayout& layout);
+  const std::shared_ptr<Page>& writable_tail(const Geometry& geometry, Row* row,
+                                             std::vector<ReplacedPage>* replaced);
+  void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
+                      std::vector<ReplacedPage>* replaced);
+  void finish_packing();
+  void write_behind(int64_t appended_bytes);
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one();
   void seal(const std::shared_ptr<Page>& page);
@@ -116,7 +124,7 @@ class Drive {
     std::vector<std::weak_ptr<Page>> pages;
     size_t sweep_at = 1024;
   };
-  static void add_candidate(Candidates* candidates, const std::shared_ptr<Page>& page);
+  void add_candidate(const std::shared_ptr<Page>& page);
 
   const DriveOptions options_;
   const pid_t process_;
@@ -128,7 +136,9 @@ class Drive {
   int64_t scratch_bytes_max_ = 0;
   std::unique_ptr<PageStream> stream_;
   std::unique_ptr<Writer> writer_;
+  std::unique_ptr<Packer> packer_;
   std::unique_ptr<IoQueue> page_queue_;  // for single pages read back into the tail
+  AlignedBuffer page_image_;             // one of those, of another layout than it will have
   AlignedBuffer scratch_;
 
   FairMutex mutex_;  // of everything here
@@ -139,6 +149,7 @@ class Drive {
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;
   int64_t tail_spills_ = 0;  // tails that had to leave memory
+  bool arena_full_ = false;  // an append had to make room since the last one began
 };
 
 }  // namespace csd

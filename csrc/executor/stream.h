@@ -46,6 +46,7 @@ class PageStream {
   void run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, int worker_count_max,
            PageConsumer* consumer);
   int worker_limit() const { return pool_.worker_count(); }
+  ThreadPool& pool() { return pool_; }  // for other work between passes
   const StreamCounters& counters() const { return counters_; }
 
  private:

@@ -23,7 +23,7 @@ Writer::~Writer() { queue_.reset(); }  // waits for what is in flight, before th
 void Writer::add(const std::shared_ptr<Page>& page) {
   const int64_t page_bytes = page->page_bytes;
   // A tail comes back soon: an extent of its own is free again at once.
-  auto [offset, extent] = page->sealed ? page->stream->take() : page->stream->take_alone();
+  auto [offset, extent] = page->sealed ? page->stream->take() : page->stream->take_alone(page_bytes);
   const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == offset;
   if (!batch_.pages.empty() &&
       (!adjacent || batch_.bytes + page_bytes > kWriteBytes || batch_.segments.size() == kSegmentsMax)) {

@@ -101,8 +101,8 @@ std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
   return {current_->take(), current_};
 }
 
-std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take_alone() {
-  auto extent = std::make_shared<Extent>(space_, page_bytes_, 1);
+std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take_alone(int64_t page_bytes) {
+  auto extent = std::make_shared<Extent>(space_, page_bytes, 1);
   return {extent->take(), extent};
 }
 

@@ -69,7 +69,7 @@ class ExtentStream {
   // The next place for a page, and the extent that it keeps alive.
   std::pair<int64_t, std::shared_ptr<Extent>> take();
   // The same, away from the others: for a page that will not stay.
-  std::pair<int64_t, std::shared_ptr<Extent>> take_alone();
+  std::pair<int64_t, std::shared_ptr<Extent>> take_alone(int64_t page_bytes);
 
  private:
   std::shared_ptr<FileSpace> space_;

@@ -13,6 +13,9 @@
 
 namespace csd {
 
+// Which of the drive's lists of pages that may leave memory has a page.
+enum class Listed : uint8_t { kNo, kTail, kSealed };
+
 // kPageTokens tokens of one row of one layer, for all kv heads. It is in memory, or on the drive, or (while
 // it is being written) in both. Rows share pages; a page that is shared or written is never modified again.
 struct Page {
@@ -25,12 +28,15 @@ struct Page {
   Page& operator=(const Page&) = delete;
 
   bool writable() const { return memory != nullptr && file_offset < 0; }  // by its only owner
+  bool evictable() const { return writable() && !pinned; }
 
   Arena* const arena;  // outlives every page
   const int64_t page_bytes;
   const bool quantised;  // else of full precision
   uint8_t* memory = nullptr;
-  bool sealed = false;                   // full, so that it may leave memory at no cost to the next append
+  bool sealed = false;  // full and as it will stay, so that it may leave memory at no cost to the next append
+  bool pinned = false;  // being filled, or read to fill another
+  Listed listed = Listed::kNo;
   int64_t file_offset = -1;              // where it is, or is being written
   std::shared_ptr<ExtentStream> stream;  // where it will go when it has to leave memory
   std::shared_ptr<Extent> extent;        // keeps file_offset ours
