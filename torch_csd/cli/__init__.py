@@ -78,7 +78,10 @@ def generate(
     ] = "1GiB",
     kv_dtype: Annotated[
         str | None,
-        typer.Option(help="Type of stored K and V: float32, bfloat16, float16. Default: the model's.", metavar="DTYPE"),
+        typer.Option(
+            help="Type of stored K and V: float32, bfloat16, float16; int8 or int4 quantises them. Default: the model's.",
+            metavar="DTYPE",
+        ),
     ] = None,
     dtype: Annotated[
         str,
