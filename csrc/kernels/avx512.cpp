@@ -35,8 +35,8 @@ constexpr int64_t kRowBlock = 6;
 template <typename Element>
 constexpr int64_t kPrefetchBytes = (sizeof(Element) == 2 ? 32 : 16) * 1024;
 
-// The same for codes.
-constexpr int64_t kCodePrefetchBytes = 16 * 1024;
+// The same for codes: int8 reads memory at 26 GB/s with 32 KiB, 25 with 16 or 64, 20 with 8.
+constexpr int64_t kCodePrefetchBytes = 32 * 1024;
 
 struct F32x32 {
   __m512 first;
