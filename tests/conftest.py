@@ -18,7 +18,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-@pytest.fixture(params=["serial", "avx2", "avx512"])
+@pytest.fixture(params=["serial", "avx2", "avx512", "avx512vnni"])
 def simd(request: pytest.FixtureRequest) -> str:
     if request.param not in ops.supported_simd():
         pytest.skip(f"this processor has {', '.join(ops.supported_simd())}, not {request.param}")

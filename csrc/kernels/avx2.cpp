@@ -30,6 +30,9 @@ constexpr int64_t kRowBlock = 6;
 template <typename Element>
 constexpr int64_t kPrefetchBytes = (sizeof(Element) == 2 ? 32 : 16) * 1024;
 
+// The same for codes.
+constexpr int64_t kCodePrefetchBytes = 32 * 1024;
+
 struct F32x16 {
   __m256 first;
   __m256 second;
@@ -535,15 +538,506 @@ void unpack_v(DType tile_dtype, const void* v_tile, int64_t head_dim, int64_t to
                 target);
 }
 
+// ---- quantised tiles ----
+
+// Queries whose weights are folded at a time.
+constexpr int64_t kFoldBlock = 32;
+
+// Scale and zero point of up to kHeadDimMax groups, widened. Groups outside [begin, end) get 0, and are not
+// in the mask.
+struct Groups {
+  alignas(32) float scale[kHeadDimMax];
+  alignas(32) float zero[kHeadDimMax];
+  alignas(32) float mask[kHeadDimMax];
+
+  Groups(const uint16_t* params, int64_t count, int64_t begin, int64_t end) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int64_t i = 0; i < count; i += 8) {
+      const __m256i group = _mm256_add_epi32(lane, _mm256_set1_epi32(static_cast<int>(i)));
+      const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(begin)), group);
+      const __m256i inside =
+          _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(end)), group));
+      const __m256 mask_f32x8 = _mm256_castsi256_ps(inside);
+      _mm256_store_ps(mask + i, mask_f32x8);
+      _mm256_store_ps(scale + i, _mm256_and_ps(mask_f32x8, _mm256_cvtph_ps(load_u16x8(params + i))));
+      _mm256_store_ps(zero + i, _mm256_and_ps(mask_f32x8, _mm256_cvtph_ps(load_u16x8(params + count + i))));
+    }
+  }
+};
+
+// One query's sum over groups of weight * (zero + scale * code), when weight * scale is rounded to integers:
+// base + factor * (sum of integer * code). What the rounding took away is in the base at the middle code,
+// which halves the error.
+struct Folded {
+  float base;
+  float factor;
+};
+
+// Weights of groups outside the mask do not matter: their integers are 0. The integers are as large as int32
+// sums over `count` products allow.
+inline Folded fold(int code_bits, const Groups& groups, const float* weights, int64_t count,
+                   int16_t* integers) {
+  __m256 base = _mm256_setzero_ps();
+  __m256 max = _mm256_setzero_ps();
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256 weight = _mm256_and_ps(_mm256_load_ps(groups.mask + i), _mm256_loadu_ps(weights + i));
+    const __m256 scaled = _mm256_mul_ps(weight, _mm256_load_ps(groups.scale + i));
+    base = _mm256_fmadd_ps(weight, _mm256_load_ps(groups.zero + i), base);
+    max = _mm256_max_ps(max, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), scaled));
+  }
+  const float integer_max = code_integer_max(code_bits, count);
+  const float weight_max = reduce_max(max);
+  // Below 1e-30 the reciprocal could overflow, and the products are nothing.
+  const float inverse = weight_max > 1e-30f ? integer_max / weight_max : 0.0f;
+  const float factor = weight_max * (1.0f / integer_max);
+  const __m256 inverses = _mm256_set1_ps(inverse);
+  const __m256 middle = _mm256_set1_ps(0.5f * static_cast<float>((1 << code_bits) - 1) * factor);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256 scale = _mm256_mul_ps(_mm256_load_ps(groups.scale + i), inverses);
+    const __m256 weight = _mm256_and_ps(_mm256_load_ps(groups.mask + i), _mm256_loadu_ps(weights + i));
+    const __m256 scaled = _mm256_mul_ps(weight, scale);
+    const __m256i integer = _mm256_cvtps_epi32(scaled);
+    base = _mm256_fmadd_ps(_mm256_sub_ps(scaled, _mm256_cvtepi32_ps(integer)), middle, base);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(integers + i),
+                     _mm_packs_epi32(_mm256_castsi256_si128(integer), _mm256_extracti128_si256(integer, 1)));
+  }
+  return {reduce_add(base), factor};
+}
+
+// A quarter of a block of `lanes` lanes: the two registers of codes that eight of a line's 32-bit words
+// expand to.
+constexpr int kQuarters = 4;
+template <int kBits>
+struct CodeLanes {
+  int64_t word;      // the first of the eight
+  int64_t count;     // of words that are there, 0 to 8
+  int shift[2];      // right, to the register's codes
+  int64_t first[2];  // lane of the register's first code
+
+  CodeLanes(int64_t lanes, int quarter) {
+    constexpr int kRegisters = kBits / 2;  // of words in a whole line
+    const int64_t step = lanes * kBits / 16;
+    const int pair = quarter / kRegisters;
+    word = quarter % kRegisters * 8;
+    count = step <= word ? 0 : step - word < 8 ? step - word : 8;
+    for (int j = 0; j < 2; ++j) {
+      shift[j] = kBits * (2 * pair + j);
+      first[j] = (2 * pair + j) * step + word;
+    }
+  }
+
+  __m256i mask() const {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+
+// kRows queries x a quarter of a block, over line_count lines.
+template <int kBits, int kRows>
+inline __attribute__((always_inline)) void sum_codes(const int16_t* integers, int64_t integer_stride,
+                                                     const char* codes, int64_t line_bytes,
+                                                     int64_t line_count, const CodeLanes<kBits>& lanes,
+                                                     const char* ahead, __m256i (&sum)[kRows][2]) {
+  constexpr int64_t kQuarterBytes = 2 * line_words(kBits, kCodeBlockLanes) / kQuarters;
+  const __m256i low = _mm256_set1_epi32(kBits == 4 ? 0x000f000f : 0x00ff00ff);
+  const __m256i mask = lanes.mask();
+  const __m128i first_shift = _mm_cvtsi32_si128(lanes.shift[0]);
+  const __m128i second_shift = _mm_cvtsi32_si128(lanes.shift[1]);
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
+  codes += 4 * lanes.word;
+  for (int64_t s = 0; s < line_count; ++s, codes += line_bytes) {
+    _mm_prefetch(ahead + s * kQuarterBytes, _MM_HINT_T1);
+    const __m256i x = _mm256_maskload_epi32(reinterpret_cast<const int*>(codes), mask);
+    const __m256i first = _mm256_and_si256(_mm256_srl_epi16(x, first_shift), low);
+    const __m256i second = _mm256_and_si256(_mm256_srl_epi16(x, second_shift), low);
+    CSD_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, integers + m * integer_stride + 2 * s, sizeof(pair));
+      const __m256i pairs = _mm256_set1_epi32(pair);
+      sum[m][0] = _mm256_add_epi32(sum[m][0], _mm256_madd_epi16(first, pairs));
+      sum[m][1] = _mm256_add_epi32(sum[m][1], _mm256_madd_epi16(second, pairs));
+    }
+  }
+}
+
+inline __m256 unfold(const Folded& folded, __m256i sum) {
+  return _mm256_fmadd_ps(_mm256_set1_ps(folded.factor), _mm256_cvtepi32_ps(sum), _mm256_set1_ps(folded.base));
+}
+
+template <int kBits, int kRows>
+void score_codes_block(const int16_t* integers, const Folded* folded, const char* codes, int64_t head_dim,
+                       const CodeLanes<kBits>& lanes, const char* ahead, float* scores) {
+  __m256i sum[kRows][2];
+  sum_codes<kBits, kRows>(integers, kHeadDimMax, codes, 2 * line_words(kBits, kPageTokens), head_dim / 2,
+                          lanes, ahead, sum);
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    _mm256_storeu_ps(scores + m * kPageTokens + lanes.first[0], unfold(folded[m], sum[m][0]));
+    _mm256_storeu_ps(scores + m * kPageTokens + lanes.first[1], unfold(folded[m], sum[m][1]));
+  }
+}
+
+template <int kBits>
+void score_codes_all(const float* q, const void* k_codes, const uint16_t* k_params, int64_t query_count,
+                     int64_t head_dim, float* scores) {
+  using Block = void (*)(const int16_t*, const Folded*, const char*, int64_t, const CodeLanes<kBits>&,
+                         const char*, float*);
+  static constexpr Block kBlock[] = {score_codes_block<kBits, 1>, score_codes_block<kBits, 2>,
+                                     score_codes_block<kBits, 3>, score_codes_block<kBits, 4>,
+                                     score_codes_block<kBits, 5>, score_codes_block<kBits, 6>};
+  alignas(32) int16_t integers[kFoldBlock * kHeadDimMax];
+  Folded folded[kFoldBlock];
+  const Groups groups(k_params, head_dim, 0, head_dim);
+  const auto* codes = static_cast<const char*>(k_codes);
+  const int64_t quarter_bytes = head_dim / 2 * 2 * line_words(kBits, kPageTokens) / kQuarters;
+  for (int64_t begin = 0; begin < query_count; begin += kFoldBlock) {
+    const int64_t count = query_count - begin < kFoldBlock ? query_count - begin : kFoldBlock;
+    for (int64_t m = 0; m < count; ++m) {
+      folded[m] = fold(kBits, groups, q + (begin + m) * head_dim, head_dim, integers + m * kHeadDimMax);
+    }
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      const CodeLanes<kBits> lanes(kPageTokens, quarter);
+      const char* ahead = begin == 0 ? codes + quarter * quarter_bytes + kCodePrefetchBytes : codes;
+      for (int64_t m = 0, rows; m < count; m += rows) {
+        rows = next_rows(count - m);
+        kBlock[rows - 1](integers + m * kHeadDimMax, folded + m, codes, head_dim, lanes, ahead,
+                         scores + (begin + m) * kPageTokens);
+        ahead = codes;  // from here on these tokens are in the cache
+      }
+    }
+  }
+}
+
+void score_codes(int code_bits, const float* q, const void* k_codes, const uint16_t* k_params,
+                 int64_t query_count, int64_t head_dim, float* scores) {
+  const auto all = code_bits == 4 ? score_codes_all<4> : score_codes_all<8>;
+  all(q, k_codes, k_params, query_count, head_dim, scores);
+}
+
+inline void accumulate_register(float* out, int64_t count, __m256i mask, float shrink, __m256 added) {
+  const __m256 before = _mm256_maskload_ps(out, mask);
+  const __m256 after = _mm256_fmadd_ps(before, _mm256_set1_ps(shrink), added);
+  if (count == 8) {
+    _mm256_storeu_ps(out, after);
+  } else {
+    _mm256_maskstore_ps(out, mask, after);  // slow on AMD processors
+  }
+}
+
+// Token pairs of line_count lines x a quarter of a block of channels.
+template <int kBits, int kRows>
+void accumulate_codes_block(const int16_t* integers, const Folded* folded, const float* shrink,
+                            const char* codes, int64_t line_bytes, int64_t line_count,
+                            const CodeLanes<kBits>& lanes, int64_t head_dim, const char* ahead, float* out) {
+  __m256i sum[kRows][2];
+  sum_codes<kBits, kRows>(integers, kPageTokens, codes, line_bytes, line_count, lanes, ahead, sum);
+  const __m256i mask = lanes.mask();
+  CSD_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    float* row = out + m * head_dim;
+    accumulate_register(row + lanes.first[0], lanes.count, mask, shrink[m], unfold(folded[m], sum[m][0]));
+    accumulate_register(row + lanes.first[1], lanes.count, mask, shrink[m], unfold(folded[m], sum[m][1]));
+  }
+}
+
+template <int kBits>
+void accumulate_codes_all(const float* p, const float* shrink, const void* v_codes, const uint16_t* v_params,
+                          int64_t query_count, int64_t head_dim, int64_t token_begin, int64_t token_end,
+                          float* out) {
+  using Block = void (*)(const int16_t*, const Folded*, const float*, const char*, int64_t, int64_t,
+                         const CodeLanes<kBits>&, int64_t, const char*, float*);
+  static constexpr Block kBlock[] = {accumulate_codes_block<kBits, 1>, accumulate_codes_block<kBits, 2>,
+                                     accumulate_codes_block<kBits, 3>, accumulate_codes_block<kBits, 4>,
+                                     accumulate_codes_block<kBits, 5>, accumulate_codes_block<kBits, 6>};
+  alignas(32) int16_t integers[kFoldBlock * kPageTokens];
+  Folded folded[kFoldBlock];
+  const Groups groups(v_params, kPageTokens, token_begin, token_end);
+  const int64_t line_bytes = 2 * line_words(kBits, head_dim);
+  const int64_t line_begin = token_begin / 2;
+  const int64_t line_count = (token_end + 1) / 2 - line_begin;
+  for (int64_t begin = 0; begin < query_count; begin += kFoldBlock) {
+    const int64_t count = query_count - begin < kFoldBlock ? query_count - begin : kFoldBlock;
+    for (int64_t m = 0; m < count; ++m) {
+      folded[m] = fold(kBits, groups, p + (begin + m) * kPageTokens, kPageTokens, integers + m * kPageTokens);
+    }
+    for (int64_t d = 0; d < head_dim; d += kCodeBlockLanes) {
+      const int64_t block_bytes = 2 * line_words(kBits, block_lanes(head_dim, d)) * kPageTokens / 2;
+      const char* block = static_cast<const char*>(v_codes) + 2 * line_words(kBits, d) * kPageTokens / 2;
+      const char* codes =
+          static_cast<const char*>(v_codes) + line_begin * line_bytes + 2 * line_words(kBits, d);
+      for (int quarter = 0; quarter < kQuarters; ++quarter) {
+        const CodeLanes<kBits> lanes(block_lanes(head_dim, d), quarter);
+        if (lanes.count == 0) continue;
+        const char* ahead =
+            begin == 0 ? block + quarter * (block_bytes / kQuarters) + kCodePrefetchBytes : codes;
+        for (int64_t m = 0, rows; m < count; m += rows) {
+          rows = next_rows(count - m);
+          kBlock[rows - 1](integers + m * kPageTokens + 2 * line_begin, folded + m, shrink + begin + m, codes,
+                           line_bytes, line_count, lanes, head_dim, ahead, out + (begin + m) * head_dim + d);
+          ahead = codes;  // from here on these channels are in the cache
+        }
+      }
+    }
+  }
+}
+
+void accumulate_codes(int code_bits, const float* p, const float* shrink, const void* v_codes,
+                      const uint16_t* v_params, int64_t query_count, int64_t head_dim, int64_t token_begin,
+                      int64_t token_end, float* out) {
+  const auto all = code_bits == 4 ? accumulate_codes_all<4> : accumulate_codes_all<8>;
+  all(p, shrink, v_codes, v_params, query_count, head_dim, token_begin, token_end, out);
+}
+
+// Eight groups' parameters: code_params() of quantise.cpp, to the bit. Directed rounding of the conversion
+// does what is stepped to there.
+struct ParamsX8 {
+  __m128i scale;
+  __m128i zero;
+  __m256 inverse;
+  __m256 zero_f32;
+};
+
+// poison: NaN where the group holds an infinity or a NaN.
+inline ParamsX8 code_params_x8(int code_bits, __m256 least, __m256 greatest, __m256 poison) {
+  const __m256 half_max = _mm256_set1_ps(65504.0f);
+  const __m256 none = _mm256_setzero_ps();
+  const __m256 span_max = _mm256_set1_ps(std::numeric_limits<float>::max());
+  const __m256 finite = _mm256_and_ps(_mm256_cmp_ps(poison, poison, _CMP_ORD_Q),
+                                      _mm256_cmp_ps(_mm256_sub_ps(greatest, least), span_max, _CMP_LE_OQ));
+  const __m128i finite_u16 = _mm_packs_epi32(_mm_castps_si128(_mm256_castps256_ps128(finite)),
+                                             _mm_castps_si128(_mm256_extractf128_ps(finite, 1)));
+  ParamsX8 params;
+  const __m256 bottom =
+      _mm256_min_ps(_mm256_max_ps(_mm256_add_ps(least, none), _mm256_sub_ps(none, half_max)), half_max);
+  const __m128i zero = _mm256_cvtps_ph(bottom, _MM_FROUND_TO_NEG_INF);
+  const __m256 zero_f32 = _mm256_cvtph_ps(zero);
+  const __m256 top = _mm256_set1_ps(static_cast<float>((1 << code_bits) - 1));
+  const __m256 step = _mm256_div_ps(_mm256_max_ps(_mm256_sub_ps(greatest, zero_f32), none), top);
+  const __m128i scale = _mm256_cvtps_ph(_mm256_min_ps(step, half_max), _MM_FROUND_TO_POS_INF);
+  const __m256 scale_f32 = _mm256_cvtph_ps(scale);
+  const __m256 invertible = _mm256_and_ps(finite, _mm256_cmp_ps(scale_f32, none, _CMP_GT_OQ));
+  params.inverse = _mm256_and_ps(invertible, _mm256_div_ps(_mm256_set1_ps(1.0f), scale_f32));
+  params.scale = _mm_and_si128(finite_u16, scale);
+  params.zero = _mm_blendv_epi8(_mm_set1_epi16(0x7e00), zero, finite_u16);
+  params.zero_f32 =
+      _mm256_blendv_ps(_mm256_set1_ps(std::numeric_limits<float>::quiet_NaN()), zero_f32, finite);
+  return params;
+}
+
+// code_of() of quantise.cpp: max_ps gives its second operand where the first is NaN.
+inline __m256i code_x8(__m256 value, __m256 zero, __m256 inverse, __m256 top) {
+  const __m256 code = _mm256_mul_ps(_mm256_sub_ps(value, zero), inverse);
+  return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(code, _mm256_setzero_ps()), top));
+}
+
+// Even elements, then odd ones.
+template <typename D, bool kWhole>
+inline F32x16 load_even_odd(const typename D::Element* p) {
+  const F32x16 x = D::ordered(D::template load<kWhole>(p));
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(x.first, x.second, 0x88));
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(x.first, x.second, 0xdd));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)),
+          _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8))};
+}
+
+inline __m256i interleave_u16x16(__m128i even, __m128i odd) {
+  return _mm256_or_si256(_mm256_cvtepu16_epi32(even), _mm256_slli_epi32(_mm256_cvtepu16_epi32(odd), 16));
+}
+
+// 16 channels, or 8 where they are not whole.
+template <int kBits, typename D, bool kWhole>
+void quantise_k_channels(const typename D::Element* elements, int64_t token_stride, uint32_t* codes,
+                         uint16_t* scale, uint16_t* zero) {
+  constexpr int64_t kStep = kPageTokens * kBits / 16;
+  constexpr int64_t kLineStride = line_words(kBits, kPageTokens) / 2;
+  constexpr int64_t kPairs = kWhole ? 8 : 4;
+  const __m256 top = _mm256_set1_ps(static_cast<float>((1 << kBits) - 1));
+  const __m256 none = _mm256_setzero_ps();
+  F32x16 least = {_mm256_set1_ps(kInfinity), _mm256_set1_ps(kInfinity)};
+  F32x16 greatest = {_mm256_set1_ps(-kInfinity), _mm256_set1_ps(-kInfinity)};
+  F32x16 poison = zero_f32x16();
+  for (int64_t t = 0; t < kPageTokens; ++t) {
+    const F32x16 x = load_even_odd<D, kWhole>(elements + t * token_stride);
+    least = {_mm256_min_ps(least.first, x.first), _mm256_min_ps(least.second, x.second)};
+    greatest = {_mm256_max_ps(greatest.first, x.first), _mm256_max_ps(greatest.second, x.second)};
+    poison = {_mm256_fmadd_ps(x.first, none, poison.first), _mm256_fmadd_ps(x.second, none, poison.second)};
+  }
+  const ParamsX8 even = code_params_x8(kBits, least.first, greatest.first, poison.first);
+  const ParamsX8 odd = code_params_x8(kBits, least.second, greatest.second, poison.second);
+  alignas(32) uint16_t params[2][kGroup];
+  store_u16x16(params[0], interleave_u16x16(even.scale, odd.scale));
+  store_u16x16(params[1], interleave_u16x16(even.zero, odd.zero));
+  std::memcpy(scale, params[0], 2 * kPairs * sizeof(uint16_t));
+  std::memcpy(zero, params[1], 2 * kPairs * sizeof(uint16_t));
+  for (int64_t i = 0; i < kStep; i += 8) {
+    alignas(32) uint32_t words[8 * 8];  // [words of a line][pairs of channels]
+    alignas(32) uint32_t lines[8 * 8];  // the other way round
+    for (int64_t r = 0; r < 8; ++r) {
+      __m256i word = _mm256_setzero_si256();
+      CSD_UNROLL
+      for (int j = 0; j < 16 / kBits; ++j) {
+        const F32x16 x = load_even_odd<D, kWhole>(elements + (i + r + kStep * j) * token_stride);
+        const __m256i first = code_x8(x.first, even.zero_f32, even.inverse, top);
+        const __m256i second = code_x8(x.second, odd.zero_f32, odd.inverse, top);
+        const __m256i pair = _mm256_or_si256(first, _mm256_slli_epi32(second, 16));
+        word = _mm256_or_si256(word, _mm256_slli_epi32(pair, kBits * j));
+      }
+      _mm256_store_si256(reinterpret_cast<__m256i*>(words + 8 * r), word);
+    }
+    transpose_block(words, 8, lines, 8);
+    for (int64_t c = 0; c < kPairs; ++c) std::memcpy(codes + c * kLineStride + i, lines + 8 * c, 32);
+  }
+}
+
+// 16 channels at a time, so that what is read twice stays in L1.
+template <int kBits, typename D>
+void quantise_k_all(const void* source, int64_t token_stride, int64_t head_dim, void* k_codes,
+                    uint16_t* k_params) {
+  for (int64_t d = 0; d < head_dim; d += kGroup) {
+    const auto channels =
+        head_dim - d >= kGroup ? quantise_k_channels<kBits, D, true> : quantise_k_channels<kBits, D, false>;
+    channels(static_cast<const typename D::Element*>(source) + d, token_stride,
+             static_cast<uint32_t*>(k_codes) + d / 2 * line_words(kBits, kPageTokens) / 2, k_params + d,
+             k_params + head_dim + d);
+  }
+}
+
+template <int kBits>
+void quantise_k_of(DType source_dtype, const void* source, int64_t token_stride, int64_t head_dim,
+                   void* k_codes, uint16_t* k_params) {
+  switch (source_dtype) {
+    case DType::kFloat32:
+      return quantise_k_all<kBits, Float32>(source, token_stride, head_dim, k_codes, k_params);
+    case DType::kBFloat16:
+      return quantise_k_all<kBits, BFloat16>(source, token_stride, head_dim, k_codes, k_params);
+    case DType::kFloat16:
+      return quantise_k_all<kBits, Float16>(source, token_stride, head_dim, k_codes, k_params);
+  }
+}
+
+void quantise_k(int code_bits, DType source_dtype, const void* source, int64_t token_stride, int64_t head_dim,
+                void* k_codes, uint16_t* k_params) {
+  const auto of = code_bits == 4 ? quantise_k_of<4> : quantise_k_of<8>;
+  of(source_dtype, source, token_stride, head_dim, k_codes, k_params);
+}
+
+// Two tokens of fp32, to one line.
+template <int kBits>
+void quantise_v_line(const float* const* tokens, const float* zero, const float* inverse, int64_t head_dim,
+                     char* line) {
+  constexpr int kRegisters = kBits / 2;
+  const __m256 top = _mm256_set1_ps(static_cast<float>((1 << kBits) - 1));
+  for (int64_t d = 0; d < head_dim; d += kCodeBlockLanes) {
+    for (int a = 0; a < kRegisters; ++a) {
+      const CodeLanes<kBits> lanes(block_lanes(head_dim, d), a);
+      const int64_t step = block_lanes(head_dim, d) * kBits / 16;
+      __m256i word = _mm256_setzero_si256();
+      CSD_UNROLL
+      for (int member = 0; member < 2; ++member) {
+        CSD_UNROLL
+        for (int j = 0; j < 16 / kBits; ++j) {
+          const __m256 x = _mm256_loadu_ps(tokens[member] + d + lanes.first[0] + j * step);
+          const __m256i code = code_x8(x, _mm256_set1_ps(zero[member]), _mm256_set1_ps(inverse[member]), top);
+          word = _mm256_or_si256(word, _mm256_slli_epi32(code, 16 * member + kBits * j));
+        }
+      }
+      auto* target = reinterpret_cast<int*>(line + 2 * line_words(kBits, d) + 4 * lanes.word);
+      if (lanes.count == 8) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), word);
+      } else {
+        _mm256_maskstore_epi32(target, lanes.mask(), word);
+      }
+    }
+  }
+}
+
+template <int kBits, typename D>
+void quantise_v_all(const void* source, int64_t token_stride, int64_t head_dim, void* v_codes,
+                    uint16_t* v_params) {
+  constexpr int64_t kTokens = 8;
+  // The codes of lanes behind head_dim are computed, of whatever stands there, and not stored.
+  alignas(32) float tokens[kTokens * kHeadDimMax + kCodeBlockLanes];
+  std::memset(tokens, 0, sizeof(tokens));
+  for (int64_t begin = 0; begin < kPageTokens; begin += kTokens) {
+    alignas(32) float least[kTokens];
+    alignas(32) float greatest[kTokens];
+    alignas(32) float poison[kTokens];
+    for (int64_t i = 0; i < kTokens; ++i) {
+      float* token = tokens + i * kHeadDimMax;
+      load_all<D>(static_cast<const typename D::Element*>(source) + (begin + i) * token_stride, 1.0f,
+                  head_dim, token);
+      __m256 low = _mm256_set1_ps(kInfinity);
+      __m256 high = _mm256_set1_ps(-kInfinity);
+      __m256 nan = _mm256_setzero_ps();
+      for (int64_t d = 0; d < head_dim; d += 8) {
+        const __m256 x = _mm256_load_ps(token + d);
+        low = _mm256_min_ps(low, x);
+        high = _mm256_max_ps(high, x);
+        nan = _mm256_fmadd_ps(x, _mm256_setzero_ps(), nan);
+      }
+      least[i] = -reduce_max(_mm256_xor_ps(low, _mm256_set1_ps(-0.0f)));
+      greatest[i] = reduce_max(high);
+      poison[i] = reduce_add(nan);
+    }
+    const ParamsX8 params =
+        code_params_x8(kBits, _mm256_load_ps(least), _mm256_load_ps(greatest), _mm256_load_ps(poison));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(v_params + begin), params.scale);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(v_params + kPageTokens + begin), params.zero);
+    alignas(32) float zero[kTokens];
+    alignas(32) float inverse[kTokens];
+    _mm256_store_ps(zero, params.zero_f32);
+    _mm256_store_ps(inverse, params.inverse);
+    for (int64_t i = 0; i < kTokens; i += 2) {
+      const float* const pair[2] = {tokens + i * kHeadDimMax, tokens + (i + 1) * kHeadDimMax};
+      quantise_v_line<kBits>(pair, zero + i, inverse + i, head_dim,
+                             static_cast<char*>(v_codes) + (begin + i) * line_words(kBits, head_dim));
+    }
+  }
+}
+
+template <int kBits>
+void quantise_v_of(DType source_dtype, const void* source, int64_t token_stride, int64_t head_dim,
+                   void* v_codes, uint16_t* v_params) {
+  switch (source_dtype) {
+    case DType::kFloat32:
+      return quantise_v_all<kBits, Float32>(source, token_stride, head_dim, v_codes, v_params);
+    case DType::kBFloat16:
+      return quantise_v_all<kBits, BFloat16>(source, token_stride, head_dim, v_codes, v_params);
+    case DType::kFloat16:
+      return quantise_v_all<kBits, Float16>(source, token_stride, head_dim, v_codes, v_params);
+  }
+}
+
+void quantise_v(int code_bits, DType source_dtype, const void* source, int64_t token_stride, int64_t head_dim,
+                void* v_codes, uint16_t* v_params) {
+  const auto of = code_bits == 4 ? quantise_v_of<4> : quantise_v_of<8>;
+  of(source_dtype, source, token_stride, head_dim, v_codes, v_params);
+}
+
 }  // namespace
 
 CSD_TARGET_END
 
 const Kernels kAvx2Kernels = {
-    "avx2",       score_tile,   softmax_row,      accumulate_tile, blend,
-    load,         store,        pack_k,           pack_v,          unpack_k,
-    unpack_v,     score_codes,  accumulate_codes, quantise_k,      quantise_v,
-    dequantise_k, dequantise_v,
+    "avx2",
+    score_tile,
+    softmax_row,
+    accumulate_tile,
+    blend,
+    load,
+    store,
+    pack_k,
+    pack_v,
+    unpack_k,
+    unpack_v,
+    score_codes,
+    accumulate_codes,
+    quantise_k,
+    quantise_v,
+    plain::dequantise_k,
+    plain::dequantise_v,
 };
 
 }  // namespace csd

@@ -106,11 +106,12 @@ struct Kernels {
 };
 
 extern const Kernels kSerialKernels;
-extern const Kernels kAvx2Kernels;    // requires avx2, fma, f16c
-extern const Kernels kAvx512Kernels;  // requires avx512 f, bw, dq, vl
+extern const Kernels kAvx2Kernels;        // requires avx2, fma, f16c
+extern const Kernels kAvx512Kernels;      // requires avx512 f, bw, dq, vl
+extern const Kernels kAvx512VnniKernels;  // requires avx512_vnni besides
 
-// The fastest table this processor runs, or the one asked for: "auto", "serial", "avx2", "avx512". Throws
-// kValue for an unknown name and for one this processor does not have, naming those it has.
+// The fastest table this processor runs, or the one asked for: "auto" or a table's name. Throws kValue for an
+// unknown name and for one this processor does not have, naming those it has.
 const Kernels& select_kernels(const char* name);
 
 // Comma-separated names of the tables this processor runs, slowest first.

@@ -80,7 +80,7 @@ CodeParams code_params(int code_bits, float least, float greatest, float* invers
     *zero = std::numeric_limits<float>::quiet_NaN();
     return {0, 0x7e00};
   }
-  const uint16_t zero_half = half_below(least);
+  const uint16_t zero_half = half_below(least + 0.0f);  // which of 0 and -0 is less depends on their order
   *zero = half_to_float(zero_half);
   const float top = static_cast<float>((1 << code_bits) - 1);
   const uint16_t scale_half = half_above(std::fmax(greatest - *zero, 0.0f) / top);
@@ -88,6 +88,8 @@ CodeParams code_params(int code_bits, float least, float greatest, float* invers
   *inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
   return {scale_half, zero_half};
 }
+
+namespace plain {
 
 void score_codes(int code_bits, const float* q, const void* k_codes, const uint16_t* k_params,
                  int64_t query_count, int64_t head_dim, float* scores) {
@@ -217,4 +219,5 @@ void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, 
   }
 }
 
+}  // namespace plain
 }  // namespace csd

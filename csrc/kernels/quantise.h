@@ -41,6 +41,12 @@ constexpr int64_t block_lanes(int64_t head_dim, int64_t channel) {
   return head_dim - channel < kCodeBlockLanes ? head_dim - channel : kCodeBlockLanes;
 }
 
+// The largest integer weight with which `count` products of codes add up inside int32.
+constexpr float code_integer_max(int code_bits, int64_t count) {
+  const int64_t fit = int64_t{0x7fffffff} / (count * ((1 << code_bits) - 1));
+  return static_cast<float>(fit < 32767 ? fit : 32767);
+}
+
 // Scale and zero point of a group from its least and greatest value; the inverse of scale (0 where it is 0)
 // goes to *inverse.
 struct CodeParams {
@@ -52,6 +58,8 @@ CodeParams code_params(int code_bits, float least, float greatest, float* invers
 float half_to_float(uint16_t half);
 
 // The table's functions in plain C++ (kernels.h).
+namespace plain {
+
 void score_codes(int code_bits, const float* q, const void* k_codes, const uint16_t* k_params,
                  int64_t query_count, int64_t head_dim, float* scores);
 void accumulate_codes(int code_bits, const float* p, const float* shrink, const void* v_codes,
@@ -68,4 +76,5 @@ void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, 
                   int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
                   void* target);
 
+}  // namespace plain
 }  // namespace csd

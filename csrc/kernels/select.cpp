@@ -24,11 +24,13 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 // The tables this processor runs, slowest first, and their names.
 struct Supported {
-  const Kernels* tables[3] = {&kSerialKernels};
+  const Kernels* tables[4] = {&kSerialKernels};
   int count = 1;
   std::string names;
 
@@ -36,6 +38,7 @@ struct Supported {
 #if defined(__x86_64__)
     if (has_avx2()) tables[count++] = &kAvx2Kernels;
     if (has_avx512()) tables[count++] = &kAvx512Kernels;
+    if (has_avx512_vnni()) tables[count++] = &kAvx512VnniKernels;
 #endif
     for (int i = 0; i < count; ++i) names += std::string(i > 0 ? "," : "") + tables[i]->name;
   }
@@ -47,7 +50,7 @@ const Supported& supported() {
 }
 
 bool known(const char* name) {
-  for (const char* each : {"serial", "avx2", "avx512"}) {
+  for (const char* each : {"serial", "avx2", "avx512", "avx512vnni"}) {
     if (std::strcmp(name, each) == 0) return true;
   }
   return false;
@@ -62,8 +65,9 @@ const Kernels& select_kernels(const char* name) {
     if (std::strcmp(name, available.tables[i]->name) == 0) return *available.tables[i];
   }
   if (!known(name)) {
-    throw Error(ErrorKind::kValue, std::string("simd must be auto, serial, avx2 or avx512, got \"") + name +
-                                       "\"; this processor has " + available.names);
+    throw Error(ErrorKind::kValue,
+                std::string("simd must be auto, serial, avx2, avx512 or avx512vnni, got \"") + name +
+                    "\"; this processor has " + available.names);
   }
   throw Error(ErrorKind::kValue, std::string("simd \"") + name +
                                      "\" needs a processor that has it; this one has " + available.names +

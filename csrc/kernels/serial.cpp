@@ -263,10 +263,23 @@ void unpack_v(DType tile_dtype, const void* v_tile, int64_t head_dim, int64_t to
 }  // namespace
 
 const Kernels kSerialKernels = {
-    "serial",     score_tile,   softmax_row,      accumulate_tile, blend,
-    load,         store,        pack_k,           pack_v,          unpack_k,
-    unpack_v,     score_codes,  accumulate_codes, quantise_k,      quantise_v,
-    dequantise_k, dequantise_v,
+    "serial",
+    score_tile,
+    softmax_row,
+    accumulate_tile,
+    blend,
+    load,
+    store,
+    pack_k,
+    pack_v,
+    unpack_k,
+    unpack_v,
+    plain::score_codes,
+    plain::accumulate_codes,
+    plain::quantise_k,
+    plain::quantise_v,
+    plain::dequantise_k,
+    plain::dequantise_v,
 };
 
 }  // namespace csd
