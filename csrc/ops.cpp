@@ -229,22 +229,28 @@ void drop_layer(const Tensor& handle) {
   target.drive->drop_layer(target.layer);
 }
 
-Tensor layer_info(const Tensor& handle) {
-  const Handle source = open_handle(handle);
-  const LayerInfo info = source.drive->info(source.layer);
-  std::vector<int64_t> values = {info.epoch, info.begin};
-  values.insert(values.end(), info.lengths.begin(), info.lengths.end());
-  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long);
-  std::copy(values.begin(), values.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+// [epoch, begin, length of each row]
+Tensor info_tensor(const LayerInfo& info) {
+  Tensor result = torch::stable::empty({2 + static_cast<int64_t>(info.lengths.size())}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  values[0] = info.epoch;
+  values[1] = info.begin;
+  std::copy(info.lengths.begin(), info.lengths.end(), values + 2);
   return result;
 }
 
-void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
+Tensor layer_info(const Tensor& handle) {
+  const Handle source = open_handle(handle);
+  return info_tensor(source.drive->info(source.layer));
+}
+
+// Returns what layer_info would at the moment of the append, so that no call of it is needed after.
+Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
             std::optional<std::vector<int64_t>> lengths) {
   const Handle target = open_handle(handle);
   check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
   check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
-  const Geometry geometry = target.drive->info(target.layer).geometry;
+  const Geometry geometry = target.drive->geometry(target.layer);
   for (const Tensor* tensor : {&k_any, &v_any}) {
     const char* what = tensor == &k_any ? "k's num_kv_heads" : "v's num_kv_heads";
     check_width(tensor->size(1), geometry.num_kv_heads, what);
@@ -281,7 +287,7 @@ void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     }
     request.lengths = lengths->data();
   }
-  target.drive->append(target.layer, request);
+  return info_tensor(target.drive->append(target.layer, request));
 }
 
 void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
@@ -309,7 +315,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
                                   double scale, int64_t causal, int64_t window, double softcap,
                                   int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
   check_heads(q_any.size(1), geometry, "q");
   check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
@@ -340,7 +346,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
 Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin,
               int64_t kv_end) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
   check_heads(q_any.size(1), geometry, "q");
   check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
@@ -359,7 +365,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
 Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin, int64_t kv_begin,
                     int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_rank4(p_any, "p", "[batch, num_heads, q_len, kv_len]");
   check_heads(p_any.size(1), geometry, "p");
   check_width(p_any.size(3), kv_end - kv_begin, "p's kv_len");
@@ -379,7 +385,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
 Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_begin, int64_t row_count,
             int64_t kv_begin, int64_t kv_end, int64_t num_kv_heads, int64_t head_dim) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_width(num_kv_heads, geometry.num_kv_heads, "num_kv_heads");
   check_width(head_dim, values ? geometry.head_dim_v : geometry.head_dim_k, "head_dim");
   ReadRequest request;
@@ -429,7 +435,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
-  m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> ()");
+  m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> Tensor");
   m.def("truncate(Tensor(a!) handle, int[] lengths) -> ()");
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
