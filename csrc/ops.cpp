@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -169,6 +170,21 @@ MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num
   return view;
 }
 
+// As torch::stable::empty, which looks the op up by name and boxes its arguments: twice the time.
+template <size_t kDim>
+Tensor new_tensor(const int64_t (&sizes)[kDim], ScalarType dtype) {
+  int64_t strides[kDim];
+  int64_t stride = 1;
+  for (size_t i = kDim; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDim, sizes, strides, static_cast<int32_t>(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // ---- stores ----
 
 void close(const Tensor& drive) {
@@ -229,22 +245,28 @@ void drop_layer(const Tensor& handle) {
   target.drive->drop_layer(target.layer);
 }
 
-Tensor layer_info(const Tensor& handle) {
-  const Handle source = open_handle(handle);
-  const LayerInfo info = source.drive->info(source.layer);
-  std::vector<int64_t> values = {info.epoch, info.begin};
-  values.insert(values.end(), info.lengths.begin(), info.lengths.end());
-  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long);
-  std::copy(values.begin(), values.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+// [epoch, begin, length of each row]
+Tensor info_tensor(const LayerInfo& info) {
+  Tensor result = new_tensor({2 + static_cast<int64_t>(info.lengths.size())}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  values[0] = info.epoch;
+  values[1] = info.begin;
+  std::copy(info.lengths.begin(), info.lengths.end(), values + 2);
   return result;
 }
 
-void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
-            std::optional<std::vector<int64_t>> lengths) {
+Tensor layer_info(const Tensor& handle) {
+  const Handle source = open_handle(handle);
+  return info_tensor(source.drive->info(source.layer));
+}
+
+// Returns what layer_info would at the moment of the append, so that no call of it is needed after.
+Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
+              std::optional<std::vector<int64_t>> lengths) {
   const Handle target = open_handle(handle);
   check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
   check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
-  const Geometry geometry = target.drive->info(target.layer).geometry;
+  const Geometry geometry = target.drive->geometry(target.layer);
   for (const Tensor* tensor : {&k_any, &v_any}) {
     const char* what = tensor == &k_any ? "k's num_kv_heads" : "v's num_kv_heads";
     check_width(tensor->size(1), geometry.num_kv_heads, what);
@@ -281,7 +303,7 @@ void append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     }
     request.lengths = lengths->data();
   }
-  target.drive->append(target.layer, request);
+  return info_tensor(target.drive->append(target.layer, request));
 }
 
 void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
@@ -309,7 +331,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
                                   double scale, int64_t causal, int64_t window, double softcap,
                                   int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
   check_heads(q_any.size(1), geometry, "q");
   check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
@@ -329,8 +351,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.mask = mask_view(mask, request.span.row_count, request.num_heads, request.q_len);
   request.sinks = head_values(sinks, request.num_heads, "sinks");
   request.alibi_slopes = head_values(alibi_slopes, request.num_heads, "alibi_slopes");
-  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
-  Tensor lse = torch::stable::empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   request.out = out.mutable_data_ptr();
   request.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
@@ -340,7 +362,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
 Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin,
               int64_t kv_end) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
   check_heads(q_any.size(1), geometry, "q");
   check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
@@ -350,7 +372,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   request.num_heads = q.size(1);
   request.q_len = q.size(2);
   request.q = query_view(q);
-  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
   return out;
@@ -359,7 +381,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
 Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin, int64_t kv_begin,
                     int64_t kv_end, int64_t head_dim_v) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_rank4(p_any, "p", "[batch, num_heads, q_len, kv_len]");
   check_heads(p_any.size(1), geometry, "p");
   check_width(p_any.size(3), kv_end - kv_begin, "p's kv_len");
@@ -370,7 +392,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
   request.num_heads = p.size(1);
   request.q_len = p.size(2);
   request.p = query_view(p);
-  Tensor out = torch::stable::empty({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
+  Tensor out = new_tensor({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
   return out;
@@ -379,7 +401,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
 Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_begin, int64_t row_count,
             int64_t kv_begin, int64_t kv_end, int64_t num_kv_heads, int64_t head_dim) {
   const Handle source = open_handle(handle);
-  const Geometry geometry = source.drive->info(source.layer).geometry;
+  const Geometry geometry = source.drive->geometry(source.layer);
   check_width(num_kv_heads, geometry.num_kv_heads, "num_kv_heads");
   check_width(head_dim, values ? geometry.head_dim_v : geometry.head_dim_k, "head_dim");
   ReadRequest request;
@@ -388,7 +410,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   request.span.kv_begin = kv_begin;
   request.span.kv_end = kv_end;
   request.dtype = to_dtype(dtype, "dtype");
-  Tensor out = torch::stable::empty({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
+  Tensor out = new_tensor({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
   (values ? request.v : request.k) = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
   return out;
@@ -398,7 +420,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
 
 // Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
 Tensor text_tensor(const std::string& value) {
-  Tensor result = torch::stable::empty({static_cast<int64_t>(value.size())}, ScalarType::Byte);
+  Tensor result = new_tensor({static_cast<int64_t>(value.size())}, ScalarType::Byte);
   std::copy(value.begin(), value.end(), static_cast<uint8_t*>(result.mutable_data_ptr()));
   return result;
 }
@@ -429,7 +451,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
-  m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> ()");
+  m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> Tensor");
   m.def("truncate(Tensor(a!) handle, int[] lengths) -> ()");
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");

@@ -8,7 +8,7 @@ stay lazy, ``bmm`` streams, and whatever is not in the table raises.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_csd import ops
 from torch_csd.store import attend_layer
-from torch_csd.tensor import CHANNEL, HEAD, REPEAT, ROW, TOKEN, StorageTensor, View
+from torch_csd.tensor import CHANNEL, HEAD, PLAIN_AXES, REPEAT, ROW, TOKEN, StorageTensor, View
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``__torch_function__`` of StorageTensor, subclass handling already off."""
     if func.__name__ == "__get__":  # shape, dtype, device ...
         return func(*args, **kwargs)
-    stored = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, StorageTensor)]
+    stored = _stored_in((*args, *kwargs.values()))
     if stored and all(tensor.new_tokens is not None for tensor in stored):
         args, kwargs = _in_memory(args), _in_memory(kwargs)
         return func(*args, **kwargs)
@@ -78,11 +78,11 @@ def attention(
             raise NotImplementedError(
                 f"{name} is an ordinary tensor while the other is stored; append both to a store, or use .to_dense()"
             )
-        _check_layout(tensor, ((ROW,), (HEAD,), (TOKEN,), (CHANNEL,)), "attention")
+        _check_layout(tensor, PLAIN_AXES, "attention")
     k_view, v_view = k._view, v._view
     if k_view.values or not v_view.values or _tokens(k_view) != _tokens(v_view):
         raise ValueError(f"k and v must be the same tokens of one layer, got {k!r} and {v!r}")
-    if not torch.compiler.is_compiling() and not torch.equal(k._handle, v._handle):
+    if not torch.compiler.is_compiling() and k._pair is not v._pair and not torch.equal(k._handle, v._handle):
         raise ValueError("k and v must come from the same layer at the same time; take both anew")
     _check_query(q, k, "q")
     return attend_layer(
@@ -193,7 +193,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> StorageTensor:
         )
     new = rest[0]
     view = past._view
-    if view.axes != ((ROW,), (HEAD,), (TOKEN,), (CHANNEL,)) or dim not in (2, -2):
+    if view.axes != PLAIN_AXES or dim not in (2, -2):
         raise NotImplementedError(
             "StorageTensor: torch.cat appends along dim -2 of [batch, num_kv_heads, kv_len, head_dim]"
         )
@@ -237,7 +237,7 @@ def _scores(q: Tensor, k: StorageTensor) -> Tensor:
 
 
 def _weighted_sum(p: Tensor, v: StorageTensor) -> Tensor:
-    _check_layout(v, ((ROW,), (HEAD,), (TOKEN,), (CHANNEL,)), "p @ v")
+    _check_layout(v, PLAIN_AXES, "p @ v")
     _check_query(p, v, "p")
     view = v._view
     return ops.weighted_sum(
@@ -270,6 +270,8 @@ def _with_row_axis(tensor: Tensor) -> Tensor:
 
 def _check_layout(tensor: StorageTensor, axes: tuple[tuple[str, ...], ...], what: str) -> None:
     view = tensor._view
+    if view.axes is axes and view.head_count == view.num_kv_heads:
+        return
     plain = tuple((HEAD,) if names == (HEAD, REPEAT) else names for names in view.axes)
     if plain != axes or view.head_count != view.num_kv_heads:
         raise NotImplementedError(
@@ -288,9 +290,10 @@ def _check_query(q: Tensor, stored: StorageTensor, name: str) -> None:
     if q.shape[1] % view.num_kv_heads != 0 or (view.repeat > 1 and q.shape[1] != view.num_kv_heads * view.repeat):
         heads = f"{view.num_kv_heads * view.repeat}" if view.repeat > 1 else f"a multiple of {view.num_kv_heads}"
         raise ValueError(f"{name} must have {heads} heads, got {q.shape[1]}")
-    if q.dtype != stored.dtype or q.device != stored.device:
+    dtype, device = stored._pair.dtype, stored._pair.device
+    if q.dtype != dtype or q.device != device:
         raise ValueError(
-            f"{name} must be {stored.dtype} on {stored.device} like the stored tensor, got {q.dtype} on {q.device}; "
+            f"{name} must be {dtype} on {device} like the stored tensor, got {q.dtype} on {q.device}; "
             f"convert with .to()"
         )
 
@@ -473,11 +476,14 @@ def _names(axes: tuple[tuple[str, ...], ...]) -> str:
     return "[" + ", ".join("*".join(names) or "1" for names in axes) + "]"
 
 
-def _flat(values: tuple) -> list[Any]:
-    flat: list[Any] = []
+def _stored_in(values: Iterable[Any]) -> list[StorageTensor]:
+    stored: list[StorageTensor] = []
     for value in values:
-        flat.extend(_flat(tuple(value)) if isinstance(value, (list, tuple)) else [value])
-    return flat
+        if isinstance(value, StorageTensor):
+            stored.append(value)
+        elif isinstance(value, (list, tuple)):
+            stored.extend(_stored_in(value))
+    return stored
 
 
 def _in_memory(values: Any) -> Any:

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ _ERRORS: dict[str, type[Exception]] = {
 
 def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Calls an op; its errors come back as the types of errors.py (the ABI carries nothing but their text)."""
-    if torch.compiler.is_compiling():
-        return op(*args, **kwargs)
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
@@ -97,14 +95,23 @@ def drop_layer(handle: Tensor) -> None:
     _call(_ops.drop_layer, handle)
 
 
-def layer_info(handle: Tensor) -> tuple[int, int, list[int]]:
-    """``(epoch, begin, lengths)`` of a layer; lengths is empty before the first append."""
+class LayerState(NamedTuple):
+    """What a layer holds at one moment."""
+
+    epoch: int  # changes whenever a token can no longer be read at its place
+    begin: int  # the first position that can be read
+    lengths: list[int]  # of each row, in absolute tokens; empty before the first append
+
+
+def layer_info(handle: Tensor) -> LayerState:
     epoch, begin, *lengths = _call(_ops.layer_info, handle).tolist()
-    return epoch, begin, lengths
+    return LayerState(epoch, begin, lengths)
 
 
-def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> None:
-    _call(_ops.append, handle, k, v, None if lengths is None else list(lengths))
+def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> LayerState:
+    """The layer as this append left it: :func:`layer_info` without another call, or another thread in between."""
+    epoch, begin, *lengths = _call(_ops.append.default, handle, k, v, None if lengths is None else list(lengths)).tolist()
+    return LayerState(epoch, begin, lengths)
 
 
 def truncate(handle: Tensor, lengths: Sequence[int]) -> None:
@@ -142,9 +149,11 @@ def attend(
     kv_begin: int = 0,
     kv_end: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of ``q`` over stored tokens; see :meth:`KVStore.attend`. ``kv_end=-1``: each row's own length."""
-    return _call(
-        _ops.attend,
+    """Exact attention of ``q`` over stored tokens; see :meth:`KVStore.attend`.
+
+    ``kv_begin=-1``: from the first readable token on; ``kv_end=-1``: to each row's own length.
+    """
+    args = (
         handle,
         q,
         mask,
@@ -159,6 +168,11 @@ def attend(
         kv_end,
         head_dim_v,
     )
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _call(_ops.attend.default, *args)
+    # Past the Python that refuses a backward (the end of this file), which costs as much as the rest of the op.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(_ops.attend.default, *args)
 
 
 def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:
@@ -225,13 +239,17 @@ def _(handle):
     return handle.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
+@torch.library.register_fake("torch_csd::append")
+def _(handle, k, v, lengths=None):
+    return handle.new_empty(2 + k.shape[0])
+
+
 for _name in (
     "open",
     "close",
     "create_layer",
     "fork_layer",
     "drop_layer",
-    "append",
     "truncate",
     "trim",
     "reorder",
@@ -293,7 +311,7 @@ def _on_cpu(value: object) -> object:
 
 @torch.library.impl("torch_csd::append", "CUDA")
 def _(handle, k, v, lengths=None):
-    _ops.append(handle, k.cpu(), v.cpu(), lengths)
+    return _ops.append(handle, k.cpu(), v.cpu(), lengths)
 
 
 @torch.library.impl("torch_csd::attend", "CUDA")

@@ -8,7 +8,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ class StoredLayer:
     kv_dtype: torch.dtype  # on the drive
     dtype: torch.dtype  # of what is appended
     device: torch.device  # of what is appended
+    # The newest handle of one state, by epoch: what K and V handed out in the same state share.
+    _snapshots: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def at(self, epoch: int) -> Tensor:
+        """The layer's handle in one state: ops that are given it refuse to run in another."""
+        handle = self._snapshots.get(epoch)
+        if handle is None:
+            with torch.inference_mode(False):  # it outlives the mode it is made in
+                handle = self.handle.clone()
+                handle[2] = epoch
+            self._snapshots.clear()
+            self._snapshots[epoch] = handle
+        return handle
 
 
 class _Drive:
@@ -180,8 +193,10 @@ class KVStore:
 
     # ---- changing it -------------------------------------------------------------------------------------------
 
-    def append(self, layer: int, k: Tensor, v: Tensor, *, lengths: Sequence[int] | Tensor | None = None) -> None:
-        """Adds tokens to every row of a layer. All or nothing: after an error the store is as before.
+    def append(
+        self, layer: int, k: Tensor, v: Tensor, *, lengths: Sequence[int] | Tensor | None = None
+    ) -> ops.LayerState:
+        """Adds tokens to every row of a layer; returns what it then holds. All or nothing: an error changes nothing.
 
         Args:
             layer: any int; the first append to it fixes its geometry, dtype, device and batch.
@@ -207,10 +222,12 @@ class KVStore:
             raise ValueError("k and v on the meta device hold no tokens; append tensors on cpu or cuda")
         if lengths is not None:
             lengths = _ints(lengths, "lengths", low=0)
+        if k.requires_grad or v.requires_grad:
+            k, v = k.detach(), v.detach()
         with self._lock:
-            self._append(layer, k.detach(), v.detach(), lengths)
+            return self._append(layer, k, v, lengths)
 
-    def _append(self, layer: int, k: Tensor, v: Tensor, lengths: list[int] | None) -> None:
+    def _append(self, layer: int, k: Tensor, v: Tensor, lengths: list[int] | None) -> ops.LayerState:
         stored = self._layers.get(layer)
         is_new = stored is None
         if stored is None:
@@ -221,12 +238,13 @@ class KVStore:
                 f"convert with .to(), or free the layer first"
             )
         try:
-            ops.append(stored.handle, k, v, lengths)
+            state = ops.append(stored.handle, k, v, lengths)
         except BaseException:
             if is_new:
                 ops.drop_layer(stored.handle)
             raise
         self._layers[layer] = stored
+        return state
 
     def _create_layer(self, k: Tensor, v: Tensor) -> StoredLayer:
         kv_dtype = self.kv_dtype or k.dtype
@@ -350,7 +368,7 @@ class KVStore:
             sinks=sinks,
             alibi_slopes=alibi_slopes,
             row_begin=as_int(row_begin, "row_begin", low=0),
-            kv_begin=self.begin(layer) if kv_begin is None else as_int(kv_begin, "kv_begin", low=0),
+            kv_begin=-1 if kv_begin is None else as_int(kv_begin, "kv_begin", low=0),
             kv_end=-1 if kv_end is None else as_int(kv_end, "kv_end", low=0),
         )
 
@@ -395,7 +413,7 @@ class KVStore:
         return ops.stats(self._drive.handle)
 
     def _check_open(self) -> None:
-        if self.closed:
+        if not self._finalizer.alive:
             raise StoreClosedError("this store is closed; open a new one")
 
     def __repr__(self) -> str:

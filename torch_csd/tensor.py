@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,11 @@ from torch_csd.store import KVStore
 # The dimensions that stored K or V can have. R is the repetition of each kv head by repeat_kv.
 ROW, HEAD, REPEAT, TOKEN, CHANNEL = "row", "head", "repeat", "token", "channel"
 
+# Of a layer's K and V as they are handed out.
+PLAIN_AXES = ((ROW,), (HEAD,), (TOKEN,), (CHANNEL,))
 
-@dataclass(frozen=True)
-class View:
+
+class View(NamedTuple):
     """Which part of a layer a StorageTensor shows, and how its dimensions are laid out.
 
     ``axes`` names, for each dimension of the tensor, the stored dimensions merged into it in row-major order: ``()``
@@ -34,7 +35,7 @@ class View:
     kv_count: int
     head_dim: int
     repeat: int = 1
-    axes: tuple[tuple[str, ...], ...] = ((ROW,), (HEAD,), (TOKEN,), (CHANNEL,))
+    axes: tuple[tuple[str, ...], ...] = PLAIN_AXES
 
     def size(self, name: str) -> int:
         return {
@@ -46,6 +47,8 @@ class View:
         }[name]
 
     def shape(self) -> tuple[int, ...]:
+        if self.axes is PLAIN_AXES:  # twice per layer and token
+            return (self.row_count, self.head_count, self.kv_count, self.head_dim)
         return tuple(self.axis_size(names) for names in self.axes)
 
     def axis_size(self, names: tuple[str, ...]) -> int:
@@ -55,7 +58,7 @@ class View:
         return size
 
     def replace(self, **changes: object) -> View:
-        return dataclasses.replace(self, **changes)
+        return self._replace(**changes)
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Pair:
     """What K and V of one layer share: the snapshot they stand for, and halves of an append by ``torch.cat``."""
 
     handle: Tensor  # [3], int64: drive, layer, epoch
+    dtype: torch.dtype  # of the tensors; asking a tensor for its own goes through __torch_function__
+    device: torch.device
     pending: dict[bool, Tensor] = field(default_factory=dict)  # by View.values
 
 
@@ -84,19 +89,13 @@ class StorageTensor(torch.Tensor):
     new_tokens: Tensor | None
 
     @staticmethod
-    def __new__(
-        cls,
-        view: View,
-        pair: Pair,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        new_tokens: Tensor | None = None,
-    ) -> StorageTensor:
-        # Contiguous strides, whatever the view: there is no memory for them to describe, and reshape stays a view.
+    def __new__(cls, view: View, pair: Pair, *, new_tokens: Tensor | None = None) -> StorageTensor:
         # Never an inference tensor: torch makes no views of the one kind in the mode of the other.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            tensor = torch.Tensor._make_wrapper_subclass(cls, view.shape(), dtype=dtype, device=device)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return StorageTensor(view, pair, new_tokens=new_tokens)
+        # Contiguous strides, whatever the view: there is no memory for them to describe, and reshape stays a view.
+        tensor = torch.Tensor._make_wrapper_subclass(cls, view.shape(), dtype=pair.dtype, device=pair.device)
         tensor._view = view
         tensor._pair = pair
         tensor.new_tokens = new_tokens
@@ -107,6 +106,7 @@ class StorageTensor(torch.Tensor):
         store: KVStore,
         layer: int,
         *,
+        state: ops.LayerState | None = None,
         kv_begin: int | None = None,
         kv_end: int | None = None,
         dtype: torch.dtype | None = None,
@@ -118,13 +118,14 @@ class StorageTensor(torch.Tensor):
 
         Args:
             store, layer: what to show; the rows must be at least ``kv_end`` long (without it: of one length).
+            state: of the layer, if it is known, as after :meth:`KVStore.append`; default: as it is now.
             kv_begin, kv_end: absolute positions; default: all that is readable.
             dtype, device: what the tensors are, for the ops that meet them; default: as appended.
             new_k, new_v: the same tokens in memory, if they are all of ``[kv_begin, kv_end)``. Ops then use these:
                 the attention of a prompt over itself costs what it costs without a store.
         """
         stored = store.layer(layer)
-        epoch, begin, lengths = ops.layer_info(stored.handle)
+        epoch, begin, lengths = ops.layer_info(stored.handle) if state is None else state
         kv_begin = begin if kv_begin is None else kv_begin
         if kv_end is None:
             if len(set(lengths)) != 1:
@@ -137,32 +138,23 @@ class StorageTensor(torch.Tensor):
             raise ValueError(
                 f"tokens [{kv_begin}, {kv_end}) must lie within [{begin}, {min(lengths)}) of layer {layer}"
             )
-        handle = stored.handle.clone()
-        handle[2] = epoch
-        pair = Pair(handle)
-        tensors = []
-        for values, new in ((False, new_k), (True, new_v)):
-            view = View(
-                values=values,
-                row_begin=0,
-                row_count=len(lengths),
-                head_begin=0,
-                head_count=stored.num_kv_heads,
-                num_kv_heads=stored.num_kv_heads,
-                kv_begin=kv_begin,
-                kv_count=kv_end - kv_begin,
-                head_dim=stored.head_dim_v if values else stored.head_dim_k,
-            )
+        # By position, which costs half of what names do: this runs for every layer and token.
+        heads, rows, tokens = stored.num_kv_heads, len(lengths), kv_end - kv_begin
+        k_view = View(False, 0, rows, 0, heads, heads, kv_begin, tokens, stored.head_dim_k)
+        v_view = View(True, 0, rows, 0, heads, heads, kv_begin, tokens, stored.head_dim_v)
+        for view, new in ((k_view, new_k), (v_view, new_v)):
             if new is not None and tuple(new.shape) != view.shape():
                 raise ValueError(f"new tokens must be {list(view.shape())}, got {list(new.shape)}")
-            tensors.append(
-                StorageTensor(view, pair, dtype=dtype or stored.dtype, device=device or stored.device, new_tokens=new)
-            )
-        return tensors[0], tensors[1]
+        if device is None:
+            device = stored.device
+        elif isinstance(device, str):
+            device = torch.device(device)
+        pair = Pair(stored.at(epoch), dtype or stored.dtype, device)
+        return StorageTensor(k_view, pair, new_tokens=new_k), StorageTensor(v_view, pair, new_tokens=new_v)
 
     def with_view(self, view: View) -> StorageTensor:
         """The same layer, seen through another view."""
-        return StorageTensor(view, self._pair, dtype=self.dtype, device=self.device)
+        return StorageTensor(view, self._pair)
 
     def to_dense(self) -> Tensor:
         """All elements, read into memory: an ordinary tensor of this shape, dtype and device."""
@@ -207,15 +199,11 @@ class StorageTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        from torch_csd import dispatch  # the table needs this class
-
         with torch._C.DisableTorchFunctionSubclass():
             return dispatch.call_function(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        from torch_csd import dispatch
-
         return dispatch.call_aten(func, args, kwargs or {})
 
     def __tensor_flatten__(self):
@@ -223,7 +211,7 @@ class StorageTensor(torch.Tensor):
         view = self._view
         derived = {ROW: "row_count", TOKEN: "kv_count"}
         loose = tuple(derived[names[0]] for names in view.axes if len(names) == 1 and names[0] in derived)
-        return ["_handle"], (view.replace(**dict.fromkeys(loose, 0)), loose, self.dtype, self.device)
+        return ["_handle"], (view.replace(**dict.fromkeys(loose, 0)), loose, self._pair.dtype, self._pair.device)
 
     @property
     def _handle(self) -> Tensor:
@@ -237,4 +225,7 @@ class StorageTensor(torch.Tensor):
         view, loose, dtype, device = context
         names = {"row_count": ROW, "kv_count": TOKEN}
         sizes = {field: outer_size[view.axes.index((names[field],))] for field in loose}
-        return StorageTensor(view.replace(**sizes), Pair(inner_tensors["_handle"]), dtype=dtype, device=device)
+        return StorageTensor(view.replace(**sizes), Pair(inner_tensors["_handle"], dtype, device))
+
+
+from torch_csd import dispatch  # noqa: E402  the table needs the class above

@@ -140,10 +140,20 @@ void Drive::drop_layer(int64_t layer_id) {
 LayerInfo Drive::info(int64_t layer_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(layer_id);
+  return info_of(find(layer_id));
+}
+
+LayerInfo Drive::info_of(const Layer& layer) {
   LayerInfo info{layer.geometry, layer.epoch, layer.begin, {}};
+  info.lengths.reserve(layer.rows.size());
   for (const Row& row : layer.rows) info.lengths.push_back(row.length);
   return info;
+}
+
+Geometry Drive::geometry(int64_t layer_id) {
+  check_process();
+  std::lock_guard<FairMutex> lock(mutex_);
+  return find(layer_id).geometry;
 }
 
 // ---- changing what is stored ----
@@ -154,7 +164,7 @@ Row Drive::new_row(const Geometry& geometry) {
   return row;
 }
 
-void Drive::append(int64_t layer_id, const AppendRequest& request) {
+LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
@@ -205,6 +215,7 @@ void Drive::append(int64_t layer_id, const AppendRequest& request) {
     if (was_empty) layer.rows.clear();
     throw;
   }
+  return info_of(layer);
 }
 
 void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index,
@@ -584,10 +595,11 @@ void Drive::check_mask(const Layer& layer, const AttendRequest& request) const {
   }
 }
 
-void Drive::attend(int64_t layer_id, int64_t epoch, const AttendRequest& request) {
+void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   const Layer& layer = find(layer_id);
+  if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
   check_span(layer, epoch, request.span);
   check_mask(layer, request);
   csd::attend(context(), layer, request);

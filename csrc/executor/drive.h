@@ -70,17 +70,18 @@ class Drive {
   void fork_layer(int64_t layer_id, int64_t source_id);
   void drop_layer(int64_t layer_id);
   LayerInfo info(int64_t layer_id);
+  Geometry geometry(int64_t layer_id);  // never changes, so it is still true after the call
 
   // All or nothing: after an error every row is as long as before. An empty layer takes row_count as its
-  // batch.
-  void append(int64_t layer_id, const AppendRequest& request);
+  // batch. Returns the layer as this call left it, whatever other threads do next.
+  LayerInfo append(int64_t layer_id, const AppendRequest& request);
   void truncate(int64_t layer_id, const std::vector<int64_t>& lengths);  // one for all rows, or one per row
   void trim(int64_t layer_id, int64_t begin);
   void reorder(int64_t layer_id, const std::vector<int64_t>& index);
   void flush();  // waits until every page on its way to the drive is there
 
   // epoch: of the view the caller holds; -1 takes the layer as it is now. Throws kStale when it has changed.
-  void attend(int64_t layer_id, int64_t epoch, const AttendRequest& request);
+  void attend(int64_t layer_id, int64_t epoch, AttendRequest request);  // kv_begin -1: the first readable
   void scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request);
   void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
   void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
@@ -96,6 +97,7 @@ class Drive {
   };
 
   Layer& find(int64_t layer_id);
+  static LayerInfo info_of(const Layer& layer);
   void check_process() const;
   Row new_row(const Geometry& geometry);
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,

@@ -110,7 +110,7 @@ def csd_attention(
             "use the model's own implementation"
         )
     sinks = s_aux if sinks is None else sinks
-    q_len, kv_len = query.shape[2], key.shape[2]
+    q_len = query.shape[2]
     mask, padding = attention_mask, None
     if mask is None:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -121,7 +121,7 @@ def csd_attention(
     else:
         causal = False
     if indices is not None:
-        selected = torch.zeros(*indices.shape[:2], kv_len, dtype=torch.bool, device=query.device)
+        selected = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = _both(mask, selected.scatter_(-1, indices.long(), True)[:, None])
 
     stored = isinstance(key, StorageTensor)
@@ -135,6 +135,7 @@ def csd_attention(
         stock = functools.partial(
             sdpa_attention_forward, module, dropout=dropout, scaling=scaling, cache=cache, **kwargs
         )
+        kv_len = key.shape[2]
         if causal and q_len == kv_len and padding is not None and indices is None and position_bias is None:
             return _padded_prompt(stock, query, key, value, padding), None
         if causal and (mask is not None or q_len != kv_len):
@@ -160,9 +161,10 @@ def csd_attention(
         )
     else:
         if causal:
-            mask = _both(mask, _lower_right(q_len, kv_len, query.device))
+            mask = _both(mask, _lower_right(q_len, key.shape[2], query.device))
         out = _plain_attention(query, key, value, mask, scaling, softcap, sinks)
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2)
+    return out if q_len == 1 else out.contiguous(), None
 
 
 def _padded_prompt(

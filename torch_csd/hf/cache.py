@@ -92,12 +92,14 @@ class StorageCache(DynamicCache):
             while len(self.layers) <= layer_idx:
                 self.layers.append(StorageLayer(self.store, len(self.layers)))
         layer = self.layers[layer_idx]
-        past_tokens = layer.get_seq_length() if isinstance(layer, StorageLayer) else 0
-        try:
+        if not isinstance(layer, StorageLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return layer.update(key_states, value_states, *args, **kwargs)
         except StoreError:
             # This layer is as before. The layers before it have the new tokens already: without them too, the cache
             # is what it was before this forward, and can go on when there is room again.
+            past_tokens = layer.get_seq_length()
             for earlier in self.layers[:layer_idx]:
                 if isinstance(earlier, StorageLayer) and earlier.get_seq_length() > past_tokens:
                     earlier.undo_to(past_tokens)
@@ -136,6 +138,7 @@ class StorageLayer(DynamicLayer):
         self.index = index
         self.is_initialized = False
         self._latent_dims = latent_dims
+        self._accepted: tuple | None = None  # shapes, dtype and device of what the last update took
         self._shown: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
@@ -157,25 +160,37 @@ class StorageLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(key_states, value_states)
-        past_tokens = self.get_seq_length()
+        # Decoding is the same form over and over: then a token costs one call of the store here, and what the layer
+        # holds is what that append returns. Each thing touched costs microseconds, the weights having been in between.
+        k_shape = key_states.shape
+        form = k_shape, value_states.shape, key_states.dtype, key_states.device
+        if form != self._accepted:
+            self._check(key_states, value_states)
         self._shown = None
-        self._drop_unneeded(past_tokens)
-        self.store.append(self.index, key_states.detach(), value_states.detach())
+        self._drop_unneeded()
+        state = self.store.append(self.index, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._accepted = form
 
-        kv_begin, kv_end = self._visible_begin(past_tokens), past_tokens + key_states.shape[-2]
+        kv_end = max(state.lengths)
+        past_tokens = kv_end - k_shape[2]
+        kv_begin = self._visible_begin(past_tokens)
         nothing_older = kv_begin == past_tokens
         if self._holds_latents(key_states, value_states):
             _warn_latents_are_read()
             if nothing_older:
                 return key_states, value_states
-            latents = self.store.read(self.index, kv_begin=kv_begin, kv_end=kv_end)
+            try:
+                latents = self.store.read(self.index, kv_begin=kv_begin, kv_end=kv_end)
+            except StoreError:
+                self.undo_to(past_tokens)
+                raise
             return tuple(latent.to(device=self.device, dtype=self.dtype) for latent in latents)
         return StorageTensor.pair(
             self.store,
             self.index,
+            state=state,
             kv_begin=kv_begin,
             kv_end=kv_end,
             dtype=self.dtype,
@@ -204,7 +219,7 @@ class StorageLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.store.free(self.index)
-        self._shown = None
+        self._shown = self._accepted = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -261,7 +276,7 @@ class StorageLayer(DynamicLayer):
         """The first position that queries after `past_tokens` may see."""
         return 0
 
-    def _drop_unneeded(self, past_tokens: int) -> None:
+    def _drop_unneeded(self) -> None:
         """Lets go of what no later query can see; all is seen by full attention."""
 
     def _holds_latents(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -344,10 +359,10 @@ class StorageSlidingLayer(StorageLayer, DynamicSlidingWindowLayer):
     def _visible_begin(self, past_tokens: int) -> int:
         return self._window_begin(past_tokens)
 
-    def _drop_unneeded(self, past_tokens: int) -> None:
+    def _drop_unneeded(self) -> None:
         # Not before the next update: the model has yet to read what this one hands out.
         if not self.record_past:
-            self._trim(self._window_begin(past_tokens))
+            self._trim(self._window_begin(self.get_seq_length()))
 
     def _window_begin(self, length: int) -> int:
         return max(length - self.sliding_window + 1, 0)
