@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -169,6 +170,21 @@ MaskView mask_view(const std::optional<Tensor>& mask, int64_t batch, int64_t num
   return view;
 }
 
+// As torch::stable::empty, which looks the op up by name and boxes its arguments: twice the time.
+template <size_t kDim>
+Tensor new_tensor(const int64_t (&sizes)[kDim], ScalarType dtype) {
+  int64_t strides[kDim];
+  int64_t stride = 1;
+  for (size_t i = kDim; i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDim, sizes, strides, static_cast<int32_t>(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // ---- stores ----
 
 void close(const Tensor& drive) {
@@ -231,7 +247,7 @@ void drop_layer(const Tensor& handle) {
 
 // [epoch, begin, length of each row]
 Tensor info_tensor(const LayerInfo& info) {
-  Tensor result = torch::stable::empty({2 + static_cast<int64_t>(info.lengths.size())}, ScalarType::Long);
+  Tensor result = new_tensor({2 + static_cast<int64_t>(info.lengths.size())}, ScalarType::Long);
   auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
   values[0] = info.epoch;
   values[1] = info.begin;
@@ -246,7 +262,7 @@ Tensor layer_info(const Tensor& handle) {
 
 // Returns what layer_info would at the moment of the append, so that no call of it is needed after.
 Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
-            std::optional<std::vector<int64_t>> lengths) {
+              std::optional<std::vector<int64_t>> lengths) {
   const Handle target = open_handle(handle);
   check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
   check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
@@ -335,8 +351,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.mask = mask_view(mask, request.span.row_count, request.num_heads, request.q_len);
   request.sinks = head_values(sinks, request.num_heads, "sinks");
   request.alibi_slopes = head_values(alibi_slopes, request.num_heads, "alibi_slopes");
-  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
-  Tensor lse = torch::stable::empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   request.out = out.mutable_data_ptr();
   request.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
@@ -356,7 +372,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   request.num_heads = q.size(1);
   request.q_len = q.size(2);
   request.q = query_view(q);
-  Tensor out = torch::stable::empty({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
   return out;
@@ -376,7 +392,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
   request.num_heads = p.size(1);
   request.q_len = p.size(2);
   request.p = query_view(p);
-  Tensor out = torch::stable::empty({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
+  Tensor out = new_tensor({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
   return out;
@@ -394,7 +410,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   request.span.kv_begin = kv_begin;
   request.span.kv_end = kv_end;
   request.dtype = to_dtype(dtype, "dtype");
-  Tensor out = torch::stable::empty({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
+  Tensor out = new_tensor({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
   (values ? request.v : request.k) = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
   return out;
@@ -404,7 +420,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
 
 // Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
 Tensor text_tensor(const std::string& value) {
-  Tensor result = torch::stable::empty({static_cast<int64_t>(value.size())}, ScalarType::Byte);
+  Tensor result = new_tensor({static_cast<int64_t>(value.size())}, ScalarType::Byte);
   std::copy(value.begin(), value.end(), static_cast<uint8_t*>(result.mutable_data_ptr()));
   return result;
 }

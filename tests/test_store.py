@@ -100,6 +100,35 @@ def test_trimmed_tokens_are_gone_and_the_others_keep_their_positions(make_store)
         store.truncate(0, 100)
 
 
+def test_an_append_returns_what_the_layer_then_holds(make_store):
+    store = make_store()
+    k, v = random_kv(2, 1, 10, 16)
+    assert store.append(0, k, v) == (0, 0, [10, 10])
+    assert store.append(0, k, v, lengths=[3, 0]) == (0, 0, [13, 10])
+    store.trim(0, 5)
+    store.truncate(0, 9)
+    assert store.append(0, k, v) == (1, 5, [19, 19])
+    fork = store.fork()
+    assert fork.append(0, k, v).lengths == [29, 29] and store.lengths(0) == [19, 19]
+
+
+def test_appends_of_several_threads_each_return_their_own_length(make_store):
+    store = make_store()
+    k, v = random_kv(1, 1, 1, 16)
+    lengths = [[], [], []]
+
+    def run(own: list[int]) -> None:
+        for _ in range(300):
+            own.append(store.append(0, k, v).lengths[0])
+
+    threads = [threading.Thread(target=run, args=(own,)) for own in lengths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(sum(lengths, [])) == list(range(1, 901))
+
+
 def test_a_fork_shares_pages_and_goes_its_own_way(make_store):
     k, v = random_kv(1, 2, 200, 64)
     new_k, new_v = random_kv(1, 2, 150, 64, seed=1)
@@ -503,8 +532,8 @@ def test_appends_get_their_turn_between_attends(make_store):
     stop.set()
     for reader in readers:
         reader.join()
-    # An append asks for its turn three times (what is there, what fits, append); each time one attend of each reader
-    # may be ahead of it. Without turns it is overtaken hundreds of times.
+    # An append asks for its turn twice (what fits, append); each time one attend of each reader may be ahead of it.
+    # Without turns it is overtaken hundreds of times.
     assert sorted(overtaken)[len(overtaken) // 2] <= 4 * len(attended), overtaken
 
 

@@ -436,6 +436,29 @@ def test_gradients_are_refused_at_the_backward(stored):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_query_that_wants_them_is_attended_as_ever(stored, mode):
+    _, k, v, K, V = stored
+    q = query().requires_grad_()
+    with mode():
+        out = F.scaled_dot_product_attention(q, K, V, enable_gqa=True)
+        assert not out.requires_grad
+        assert_close(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+def test_tensors_of_one_state_outlive_the_mode_they_were_made_in(stored):
+    store, _, _, _, _ = stored
+    store.truncate(0, TOKENS - 10)  # a state of which no tensor was made yet
+    with torch.inference_mode():
+        K, V = StorageTensor.pair(store, 0)
+    K, V = StorageTensor.pair(store, 0)
+    q = query().requires_grad_()
+    assert F.scaled_dot_product_attention(q, K, V, enable_gqa=True).requires_grad
+    new_k, new_v = random_kv(BATCH, KV_HEADS, 5, HEAD_DIM)
+    K, V = torch.cat([K, new_k], dim=2), torch.cat([V, new_v], dim=2)
+    assert store.lengths(0) == [TOKENS - 5] * BATCH
+
+
 def test_deepcopy_and_pickling_of_the_tensor_are_refused(stored):
     _, _, _, K, _ = stored
     with pytest.raises((NotImplementedError, TypeError)):

@@ -38,8 +38,6 @@ _ERRORS: dict[str, type[Exception]] = {
 
 def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Calls an op; its errors come back as the types of errors.py (the ABI carries nothing but their text)."""
-    if torch.compiler.is_compiling():
-        return op(*args, **kwargs)
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
@@ -112,7 +110,8 @@ def layer_info(handle: Tensor) -> LayerState:
 
 def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> LayerState:
     """The layer as this append left it: :func:`layer_info` without another call, or another thread in between."""
-    epoch, begin, *lengths = _call(_ops.append, handle, k, v, None if lengths is None else list(lengths)).tolist()
+    counts = None if lengths is None else list(lengths)
+    epoch, begin, *lengths = _call(_ops.append.default, handle, k, v, counts).tolist()
     return LayerState(epoch, begin, lengths)
 
 
@@ -155,8 +154,7 @@ def attend(
 
     ``kv_begin=-1``: from the first readable token on; ``kv_end=-1``: to each row's own length.
     """
-    return _call(
-        _attend_no_grad if not torch.is_grad_enabled() and not torch.compiler.is_compiling() else _ops.attend,
+    args = (
         handle,
         q,
         mask,
@@ -171,12 +169,11 @@ def attend(
         kv_end,
         head_dim_v,
     )
-
-
-def _attend_no_grad(*args: object) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _call(_ops.attend.default, *args)
     # Past the Python that refuses a backward (the end of this file), which costs as much as the rest of the op.
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.attend(*args)
+        return _call(_ops.attend.default, *args)
 
 
 def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:

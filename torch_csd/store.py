@@ -222,8 +222,10 @@ class KVStore:
             raise ValueError("k and v on the meta device hold no tokens; append tensors on cpu or cuda")
         if lengths is not None:
             lengths = _ints(lengths, "lengths", low=0)
+        if k.requires_grad or v.requires_grad:
+            k, v = k.detach(), v.detach()
         with self._lock:
-            return self._append(layer, k.detach(), v.detach(), lengths)
+            return self._append(layer, k, v, lengths)
 
     def _append(self, layer: int, k: Tensor, v: Tensor, lengths: list[int] | None) -> ops.LayerState:
         stored = self._layers.get(layer)
@@ -411,7 +413,7 @@ class KVStore:
         return ops.stats(self._drive.handle)
 
     def _check_open(self) -> None:
-        if self.closed:
+        if not self._finalizer.alive:
             raise StoreClosedError("this store is closed; open a new one")
 
     def __repr__(self) -> str:

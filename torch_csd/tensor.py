@@ -145,7 +145,10 @@ class StorageTensor(torch.Tensor):
         for view, new in ((k_view, new_k), (v_view, new_v)):
             if new is not None and tuple(new.shape) != view.shape():
                 raise ValueError(f"new tokens must be {list(view.shape())}, got {list(new.shape)}")
-        device = stored.device if device is None else torch.device(device)
+        if device is None:
+            device = stored.device
+        elif isinstance(device, str):
+            device = torch.device(device)
         pair = Pair(stored.at(epoch), dtype or stored.dtype, device)
         return StorageTensor(k_view, pair, new_tokens=new_k), StorageTensor(v_view, pair, new_tokens=new_v)
 

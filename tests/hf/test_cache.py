@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -355,3 +356,89 @@ def test_a_drive_that_fills_up_in_the_middle_of_a_forward_leaves_the_cache_as_it
                 assert model(**step, past_key_values=cache).logits.isfinite().all()
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# ---- what a layer holds is asked of the store, whoever changed it ---------------------------------------------------
+
+
+def direct_append(cache, k, v):
+    cache.store.append(0, k, v)
+
+
+def raw_append(cache, k, v):
+    torch.ops.torch_csd.append(cache.store.layer(0).handle, k, v)
+
+
+def append_by_cat(cache, k, v):
+    torch.cat([cache.layers[0].keys, k], dim=-2)
+    torch.cat([cache.layers[0].values, v], dim=-2)
+
+
+@pytest.mark.parametrize("append", [direct_append, raw_append, append_by_cat])
+def test_tokens_appended_past_the_cache_are_seen_by_the_next_update(append, new_cache):
+    cache = new_cache()
+    parts = [states(1, seed=seed) for seed in range(5)]
+    cache.update(*parts[0], 0)
+    cache.update(*parts[1], 0)
+    append(cache, *parts[2])
+    assert cache.get_seq_length() == cache.layers[0].keys.shape[2] == 3
+    keys, _ = cache.update(*parts[3], 0)
+    assert torch.equal(keys.to_dense(), torch.cat([k for k, _ in parts[:4]], dim=2))
+    cache.store.truncate(0, 1)
+    assert cache.get_seq_length() == 1
+    with pytest.raises(torch_csd.StaleTensorError):
+        keys.to_dense()
+    keys, _ = cache.update(*parts[4], 0)
+    assert torch.equal(keys.to_dense(), torch.cat([parts[0][0], parts[4][0]], dim=2))
+
+
+def test_rows_changed_past_the_cache_are_seen_by_the_next_update(new_cache):
+    cache = new_cache()
+    k, v = states(1, batch=2)
+    cache.update(k, v, 0)
+    cache.update(k, v, 0)
+    cache.store.reorder(0, [1, 0])
+    keys, _ = cache.update(k, v, 0)
+    assert torch.equal(keys.to_dense(), torch.cat([k.flip(0), k.flip(0), k], dim=2))
+    cache.store.reorder(0, [0, 0, 1])
+    with pytest.raises(ValueError, match="3 rows, got a batch of 2"):
+        cache.update(k, v, 0)
+    assert cache.get_seq_length() == 3
+    cache.update(k[[0, 0, 1]], v[[0, 0, 1]], 0)
+    cache.store.free(0)
+    assert cache.get_seq_length() == 0
+    keys, _ = cache.update(k, v, 0)
+    assert torch.equal(keys.to_dense(), k)
+
+
+def test_an_update_of_many_tokens_and_back_is_checked_again(new_cache):
+    cache = new_cache()
+    for tokens in (1, 1, 70, 1, 1):
+        cache.update(*states(tokens), 0)
+    for wrong in ({"batch": 3}, {"heads": 4}, {"head_dim": 24}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ValueError):
+            cache.update(*states(1, **wrong), 0)
+    k, v = states(1)
+    with pytest.raises(ValueError):
+        cache.update(k, v.to(torch.bfloat16), 0)
+    assert cache.get_seq_length() == 74
+
+
+def test_two_threads_that_update_one_layer_are_each_handed_their_own_token(new_cache):
+    cache = new_cache()
+    cache.update(*states(70, batch=1), 0)
+    mistakes = []
+
+    def run(seed):
+        for step in range(200):
+            k, v = states(1, batch=1, seed=1000 * seed + step)
+            keys, values = cache.update(k, v, 0)
+            if not torch.equal(keys[:, :, -1:].to_dense(), k) or not torch.equal(values[:, :, -1:].to_dense(), v):
+                mistakes.append((seed, step))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert mistakes == [] and cache.get_seq_length() == 470

@@ -163,7 +163,8 @@ def csd_attention(
         if causal:
             mask = _both(mask, _lower_right(q_len, key.shape[2], query.device))
         out = _plain_attention(query, key, value, mask, scaling, softcap, sinks)
-    return out.transpose(1, 2).contiguous(), None
+    out = out.transpose(1, 2)
+    return out if q_len == 1 else out.contiguous(), None
 
 
 def _padded_prompt(
