@@ -3,12 +3,15 @@
     cache = torch_csd.StorageCache(model.config, directory="/nvme/kv")
     model.generate(**inputs, past_key_values=cache)
 
-Importing this registers ``attn_implementation="csd"`` with transformers, where it is installed.
+Importing this registers ``attn_implementation="csd"`` with transformers, where it is installed: at once if its models
+are imported already, else when they are.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
 from torch_csd import reference
 from torch_csd.dispatch import attention
@@ -19,9 +22,13 @@ from torch_csd.errors import (
     StoreError,
     StoreFullError,
 )
+from torch_csd.registration import register_with_transformers
 from torch_csd.store import KVStore, probe
 from torch_csd.tensor import StorageTensor
 from torch_csd.version import __version__
+
+if TYPE_CHECKING:
+    from torch_csd.hf import StorageCache, swap_attention
 
 __all__ = [
     "KVStore",
@@ -37,7 +44,19 @@ __all__ = [
     "reference",
 ]
 
-if importlib.util.find_spec("transformers") is not None:
-    from torch_csd.hf import StorageCache, swap_attention
+_HF_NAMES = ("StorageCache", "swap_attention")
 
+if importlib.util.find_spec("transformers") is not None:
     __all__ += ["StorageCache", "swap_attention"]
+    register_with_transformers()
+
+
+def __getattr__(name: str) -> object:
+    if name in _HF_NAMES and name in __all__:
+        return getattr(importlib.import_module("torch_csd.hf"), name)
+    hint = "; it needs transformers: pip install transformers" if name in _HF_NAMES else ""
+    raise AttributeError(f"module 'torch_csd' has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -110,7 +110,8 @@ def layer_info(handle: Tensor) -> LayerState:
 
 def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> LayerState:
     """The layer as this append left it: :func:`layer_info` without another call, or another thread in between."""
-    epoch, begin, *lengths = _call(_ops.append.default, handle, k, v, None if lengths is None else list(lengths)).tolist()
+    counts = None if lengths is None else list(lengths)
+    epoch, begin, *lengths = _call(_ops.append.default, handle, k, v, counts).tolist()
     return LayerState(epoch, begin, lengths)
 
 

@@ -54,7 +54,12 @@ int64_t row_end(const Layer& layer, const Span& span, int64_t row) {
 void add_uses(const Layer& layer, int64_t row, int64_t begin, int64_t end, std::vector<PageUse>* uses) {
   const Row& stored = layer.rows[static_cast<size_t>(row)];
   for (int64_t index = begin / kPageTokens; index * kPageTokens < end; ++index) {
-    uses->push_back({stored.page(index).get(), row, index});
+    const Page* page = stored.page(index).get();
+    // The plan looks at each, and since the last call other bytes went through the cache: 0.1 us a page, one
+    // by one.
+    __builtin_prefetch(page);
+    __builtin_prefetch(&page->file_offset);
+    uses->push_back({page, row, index});
   }
 }
 

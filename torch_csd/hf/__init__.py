@@ -1,7 +1,7 @@
 """Everything that names transformers: the cache, the attention function, and how a model comes to use them.
 
-Importing this module registers `attn_implementation="csd"`; `torch_csd` imports it when transformers is
-installed.
+Importing this module registers `attn_implementation="csd"`; `torch_csd` imports it as soon as transformers
+has its models imported, or when something of it is used.
 """
 
 from __future__ import annotations

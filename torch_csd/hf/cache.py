@@ -167,7 +167,6 @@ class StorageLayer(DynamicLayer):
         if form != self._accepted:
             self._check(key_states, value_states)
         self._shown = None
-        self._drop_unneeded()
         state = self.store.append(self.index, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -176,6 +175,7 @@ class StorageLayer(DynamicLayer):
         kv_end = max(state.lengths)
         past_tokens = kv_end - k_shape[2]
         kv_begin = self._visible_begin(past_tokens)
+        self._drop_unneeded(state.begin, kv_begin)
         nothing_older = kv_begin == past_tokens
         if self._holds_latents(key_states, value_states):
             _warn_latents_are_read()
@@ -276,8 +276,8 @@ class StorageLayer(DynamicLayer):
         """The first position that queries after `past_tokens` may see."""
         return 0
 
-    def _drop_unneeded(self) -> None:
-        """Lets go of what no later query can see; all is seen by full attention."""
+    def _drop_unneeded(self, begin: int, visible_begin: int) -> None:
+        """Lets go of what no query can see any more, of what is held from `begin` on; full attention sees all."""
 
     def _holds_latents(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         return key_states.shape[1] == 1 and (key_states.shape[-1], value_states.shape[-1]) == self._latent_dims
@@ -359,10 +359,10 @@ class StorageSlidingLayer(StorageLayer, DynamicSlidingWindowLayer):
     def _visible_begin(self, past_tokens: int) -> int:
         return self._window_begin(past_tokens)
 
-    def _drop_unneeded(self) -> None:
-        # Not before the next update: the model has yet to read what this one hands out.
-        if not self.record_past:
-            self._trim(self._window_begin(self.get_seq_length()))
+    def _drop_unneeded(self, begin: int, visible_begin: int) -> None:
+        # Not what these tokens' own queries see: the model has yet to read what this update hands out.
+        if visible_begin > begin and not self.record_past:
+            self.store.trim(self.index, visible_begin)
 
     def _window_begin(self, length: int) -> int:
         return max(length - self.sliding_window + 1, 0)
