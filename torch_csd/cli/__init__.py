@@ -79,7 +79,7 @@ def generate(
     kv_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type of stored K and V: float32, bfloat16, float16; int8 or int4 quantises them. Default: the model's.",
+            help="Type of stored K and V: float32, bfloat16, float16; int8, int4 (lossy). Default: the model's.",
             metavar="DTYPE",
         ),
     ] = None,
