@@ -375,6 +375,7 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
     const int64_t length = lengths[one_for_all ? 0 : i];
     if (length >= row.length) continue;
     row.truncate(length);
+    if (row.pages.empty()) row.stream->restart();
     shortened = true;
   }
   if (!shortened) return;

@@ -7,6 +7,7 @@ namespace csd {
 void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::vector<StagedRun>* staged,
                  Plan* plan) {
   const auto first = static_cast<int64_t>(plan->drive_uses.size());
+  const size_t first_read = plan->reads.size();  // a run serves one pass
   for (const PageUse& use : uses) {
     if (use.page->memory == nullptr) {
       plan->drive_uses.push_back(use);
@@ -30,15 +31,15 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
   for (int64_t i = first; i < count; ++i) {
     const Page& page = *plan->drive_uses[static_cast<size_t>(i)].page;
     const int64_t offset = page.file_offset;
-    while (next_staged < staged_count &&
-           (*staged)[next_staged].file_offset + (*staged)[next_staged].bytes <= offset) {
-      next_staged++;
-      serving = false;
+    // The same bytes may be staged for several passes: the next that is free serves this one.
+    for (; next_staged < staged_count; ++next_staged, serving = false) {
+      const StagedRun& run = (*staged)[next_staged];
+      if (run.file_offset + run.bytes > offset && (serving || !run.taken)) break;
     }
     if (next_staged < staged_count) {
       StagedRun& run = (*staged)[next_staged];
       const bool holds = run.file_offset <= offset && offset + page.page_bytes <= run.file_offset + run.bytes;
-      if (holds && (serving || !run.taken)) {
+      if (holds) {
         if (!serving) plan->staged.push_back({run.slot, i, i, 0});
         serving = true;
         run.taken = true;
@@ -49,7 +50,7 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
       }
     }
     offset_before = offset;
-    if (!plan->reads.empty() && plan->reads.back().use_end == i) {
+    if (plan->reads.size() > first_read) {
       ReadRun& run = plan->reads.back();
       const int64_t run_end = run.file_offset + run.bytes;
       if (offset + page.page_bytes == run_end) {  // the same page, for another row

@@ -55,7 +55,7 @@ struct Plan {
 Plan make_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max,
                std::vector<StagedRun>* staged = nullptr);
 
-// Plans further uses behind those that the plan has.
+// Plans further uses behind those that the plan has, in runs of their own.
 void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::vector<StagedRun>* staged,
                  Plan* plan);
 
