@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from support import assert_attention_equal, random_kv
 
-from torch_csd import KVStore, MemoryBudgetError, StorageTensor, reference
+from torch_csd import KVStore, MemoryBudgetError, StorageTensor, StoreError, reference
 
 MIB = 2**20
 HEADS, DIM = 2, 64
@@ -277,6 +280,32 @@ def test_a_store_is_closed_while_reads_are_under_way(make_store, io_engine):
         for layer in (0, 1, 2, 3, 0, 1):
             attend_and_check(store, layer, dense[layer])
         store.close()
+
+
+def test_a_read_ahead_that_fails_is_no_error_until_its_pages_are_needed(make_store, io_engine, tmp_path):
+    store = make_store(io_engine=io_engine, resident=False, memory_budget="64MiB", threads=2)
+    dense = fill(store, 2, 3200)
+    for layer in (0, 1, 0, 1):
+        attend_and_check(store, layer, dense[layer])
+    opened = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    path = next(fd for fd in opened if os.path.exists(fd) and os.readlink(fd).startswith(str(tmp_path)))
+    time.sleep(0.5)  # what is in flight lands
+    with open(path, "r+b", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        cut = 3 * MIB  # inside layer 0, whose pages lie before those of layer 1
+        file.seek(cut)
+        rest = file.read(size - cut)
+        os.ftruncate(file.fileno(), cut)
+        # What was staged before the cut is what the pages held; what is read ahead after it fails.
+        for layer in (0, 1):
+            attend_and_check(store, layer, dense[layer])
+        for layer in (0, 1, 0):
+            with pytest.raises(StoreError, match="reading KV pages"):
+                attend_and_check(store, layer, dense[layer])
+        file.seek(cut)
+        file.write(rest)
+    for layer in (0, 1, 0, 1):
+        attend_and_check(store, layer, dense[layer])
 
 
 class AheadMachine(RuleBasedStateMachine):

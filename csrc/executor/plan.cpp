@@ -6,6 +6,7 @@ namespace csd {
 
 void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::vector<StagedRun>* staged,
                  Plan* plan) {
+  if (plan->memory_uses.empty()) plan->memory_uses.reserve(uses.size());
   const auto first = static_cast<int64_t>(plan->drive_uses.size());
   const size_t first_read = plan->reads.size();  // a run serves one pass
   for (const PageUse& use : uses) {
