@@ -35,8 +35,8 @@ struct DriveOptions {
   int64_t memory_budget_bytes = int64_t{1} << 30;
   int64_t threads = 1;
   int64_t queue_depth = 32;
-  int64_t read_ahead_bytes =
-      -1;                // memory for reads before they are needed; 0: none, -1: a share of the budget
+  // Memory for reads before they are needed; 0: none, -1: a share of the budget.
+  int64_t read_ahead_bytes = -1;
   bool resident = true;  // false: full pages always leave memory (to measure or test the drive)
 };
 
