@@ -197,7 +197,7 @@ void close(const Tensor& drive) {
 }
 
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
-          int64_t memory_budget, int64_t threads, int64_t queue_depth, bool resident) {
+          int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -205,6 +205,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   options.memory_budget_bytes = memory_budget;
   options.threads = threads;
   options.queue_depth = queue_depth;
+  options.read_ahead_bytes = read_ahead;
   options.resident = resident;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
@@ -443,7 +444,7 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, bool resident) -> ()");
+      "int queue_depth, int read_ahead, bool resident) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "

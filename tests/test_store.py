@@ -173,7 +173,7 @@ def test_reorder_selects_repeats_and_permutes_rows(make_store):
 
 def test_shared_pages_are_read_once_for_all_rows(make_store):
     k, v = random_kv(1, 2, 640, 64)
-    store = make_store(resident=False)
+    store = make_store(resident=False, read_ahead=0)
     store.append(0, k, v)
     store.flush()
     q = torch.randn(4, 2, 1, 64)

@@ -101,6 +101,7 @@ class StoreConfig:
     simd: str
     threads: int
     queue_depth: int
+    read_ahead_bytes: int | None
     resident: bool
 
     @staticmethod
@@ -113,6 +114,7 @@ class StoreConfig:
         simd: str | None,
         threads: int | None,
         queue_depth: int,
+        read_ahead: int | str | None,
         resident: bool,
     ) -> StoreConfig:
         """Validates what a user passed and fills in defaults.
@@ -139,5 +141,6 @@ class StoreConfig:
             simd=simd or os.environ.get("TORCH_CSD_SIMD") or "auto",
             threads=as_int(threads, "threads", low=1, high=1024),
             queue_depth=as_int(queue_depth, "queue_depth", low=2, high=1024),
+            read_ahead_bytes=None if read_ahead is None else parse_bytes(read_ahead),
             resident=bool(resident),
         )

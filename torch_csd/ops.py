@@ -62,11 +62,14 @@ def open_drive(
     memory_budget_bytes: int,
     threads: int,
     queue_depth: int,
+    read_ahead_bytes: int | None,
     resident: bool,
 ) -> Tensor:
     """A new drive's handle."""
     drive = torch.tensor([next(_drive_numbers), -1, -1])
-    _call(_ops.open, drive, directory, io_engine, simd, memory_budget_bytes, threads, queue_depth, resident)
+    read_ahead = -1 if read_ahead_bytes is None else read_ahead_bytes
+    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident)
+    _call(_ops.open, drive, directory, *settings)
     return drive
 
 

@@ -65,6 +65,7 @@ class _Drive:
             memory_budget_bytes=config.memory_budget_bytes,
             threads=config.threads,
             queue_depth=config.queue_depth,
+            read_ahead_bytes=config.read_ahead_bytes,
             resident=config.resident,
         )
         self._lock = threading.RLock()  # a finalizer may run in the middle of acquire()
@@ -104,7 +105,10 @@ class KVStore:
             tokens, V per token, each value off by at most half a step: (max - min) / 255 / 2 or / 15 / 2 of its group.
         io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
         threads: workers for reading and arithmetic; ``None``: ``torch.get_num_threads()``.
-        queue_depth: reads in flight, all workers together.
+        queue_depth: reads in flight during a call, all workers together.
+        read_ahead: memory for what is read before it is needed, while the caller computes: attention that goes over
+            the layers in the same order again and again finds its next pages there. Part of ``memory_budget``.
+            ``None``: up to 256 MiB, at most 3/8 of the budget; ``0``: nothing is read ahead.
         simd: ``"serial"``, ``"avx2"``, ``"avx512"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest there is.
         resident: ``False`` sends every full page to the drive even if there is room in memory (cold benchmarks).
 
@@ -129,6 +133,7 @@ class KVStore:
         io_engine: str = "auto",
         threads: int | None = None,
         queue_depth: int = 32,
+        read_ahead: int | str | None = None,
         simd: str | None = None,
         resident: bool = True,
     ) -> None:
@@ -140,6 +145,7 @@ class KVStore:
             simd=simd,
             threads=threads,
             queue_depth=queue_depth,
+            read_ahead=read_ahead,
             resident=resident,
         )
         self._attach(_Drive(config))

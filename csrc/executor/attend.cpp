@@ -32,16 +32,25 @@ struct Heads {
 };
 
 // Splits [rows] x [queries] so that bytes_per_query * rows * queries fits the scratch memory; halves queries
-// first, because every row's pages are read again for each block of queries.
+// first, because every row's pages are read again for each block of queries. run(block, next): next is null
+// for the last one.
 template <typename Run>
 void for_each_block(int64_t row_count, int64_t q_len, int64_t bytes_per_query, int64_t bytes_max,
                     const Run& run) {
   const int64_t fit = std::max<int64_t>(1, bytes_max / std::max<int64_t>(1, bytes_per_query));
   const int64_t rows = std::clamp<int64_t>(fit / q_len, 1, row_count);
   const int64_t queries = std::clamp<int64_t>(fit / rows, 1, q_len);
+  const auto block_at = [&](int64_t row, int64_t query) {
+    return Block{row, std::min(rows, row_count - row), query, std::min(queries, q_len - query)};
+  };
   for (int64_t row = 0; row < row_count; row += rows) {
     for (int64_t query = 0; query < q_len; query += queries) {
-      run(Block{row, std::min(rows, row_count - row), query, std::min(queries, q_len - query)});
+      const bool last_of_row = query + queries >= q_len;
+      const bool last = last_of_row && row + rows >= row_count;
+      const Block next = last          ? Block{}
+                         : last_of_row ? block_at(row + rows, 0)
+                                       : block_at(row, query + queries);
+      run(block_at(row, query), last ? nullptr : &next);
     }
   }
 }
@@ -185,12 +194,13 @@ class AttendPass : public PageConsumer {
                            static_cast<int64_t>(sizeof(SoftmaxState)));
   }
 
-  // The pages at least one query of the block sees.
-  std::vector<PageUse> uses() const {
+  // The pages at least one query of a block (this pass's, or another one of the request) sees.
+  std::vector<PageUse> uses(const Block& block) const {
     std::vector<PageUse> uses;
-    for (int64_t row = 0; row < block_.row_count; ++row) {
-      const int64_t first = query_range(row, block_.query_begin).first;
-      const int64_t last = query_range(row, block_.query_begin + block_.query_count - 1).second;
+    const int64_t row_begin = block.row_begin - block_.row_begin;
+    for (int64_t row = row_begin; row < row_begin + block.row_count; ++row) {
+      const int64_t first = query_range(row, block.query_begin).first;
+      const int64_t last = query_range(row, block.query_begin + block.query_count - 1).second;
       const auto start = uses.size();
       if (first < last)
         add_uses(layer_, request_.span.row_begin + block_.row_begin + row, first, last, &uses);
@@ -613,19 +623,47 @@ class ReadPass : public PageConsumer {
   const Layouts layouts_;
 };
 
-void run(const PassContext& context, const Layer& layer, const std::vector<PageUse>& uses,
-         int64_t compute_weight, int worker_count, PageConsumer* pass) {
+// uses_of(block): the pages of a block of this call. next: the block after this one, null for the last.
+template <typename Uses>
+void run(const PassContext& context, const Layer& layer, const Uses& uses_of, const Block& block,
+         const Block* next, int64_t compute_weight, int worker_count, PageConsumer* pass) {
+  PageStream& stream = *context.stream;
   const int64_t page_bytes = layer.geometry.full_precision().page_bytes();
-  const Plan plan = make_plan(uses, context.stream->read_bytes_max(page_bytes));
-  context.stream->run(plan, page_bytes, compute_weight, worker_count, pass);
+  const std::vector<PageUse> uses = uses_of(block);
+  const bool in_memory =
+      std::all_of(uses.begin(), uses.end(), [](const PageUse& use) { return use.page->memory != nullptr; });
+  if (in_memory) {
+    stream.run(make_plan(uses, page_bytes), nullptr, page_bytes, compute_weight, worker_count, pass);
+    return;
+  }
+  stream.fit(page_bytes);
+  std::vector<StagedRun>* staged = stream.staged();
+  const Plan plan = make_plan(uses, stream.read_bytes_max(page_bytes), staged);
+  Plan ahead;
+  if (context.ahead != nullptr && context.pass.kind != PassKind::kRead) {
+    if (block.row_begin == 0 && block.query_begin == 0) context.ahead->note(context.pass, uses);
+    const int64_t bytes = context.ahead->worthwhile_bytes(stream.staging_bytes());
+    if (next != nullptr) {
+      extend_plan(uses_of(*next), stream.read_bytes_max(page_bytes), staged, &ahead);
+    } else {
+      for (const auto& later : context.ahead->after(context.pass, bytes, stream.slot_bytes())) {
+        extend_plan(later, stream.slot_bytes(), staged, &ahead);
+      }
+    }
+    limit_plan(bytes, &ahead);
+  }
+  stream.run(plan, &ahead, page_bytes, compute_weight, worker_count, pass);
 }
 
-std::vector<PageUse> all_uses(const Layer& layer, const Span& span, int64_t row_begin, int64_t row_count) {
-  std::vector<PageUse> uses;
-  for (int64_t row = 0; row < row_count; ++row) {
-    add_uses(layer, span.row_begin + row_begin + row, span.kv_begin, span.kv_end, &uses);
-  }
-  return uses;
+// Of a block: every page of the span in its rows.
+auto all_uses(const Layer& layer, const Span& span) {
+  return [&layer, &span](const Block& block) {
+    std::vector<PageUse> uses;
+    for (int64_t row = 0; row < block.row_count; ++row) {
+      add_uses(layer, span.row_begin + block.row_begin + row, span.kv_begin, span.kv_end, &uses);
+    }
+    return uses;
+  };
 }
 
 // Workers whose partial results of one query fit the scratch memory, next to what they share.
@@ -647,21 +685,23 @@ void attend(const PassContext& context, const Layer& layer, const AttendRequest&
       AttendPass::bytes_per_query(layer.geometry, 1) * request.num_heads - shared_bytes;
   const int workers = affordable_workers(context, shared_bytes, bytes_per_worker);
   const int64_t bytes = shared_bytes + workers * bytes_per_worker;
-  for_each_block(
-      request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
-        AttendPass pass(context, layer, request, block, workers);
-        run(context, layer, pass.uses(),
-            compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), workers, &pass);
-        pass.finish();
-      });
+  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
+                 [&](const Block& block, const Block* next) {
+                   AttendPass pass(context, layer, request, block, workers);
+                   const auto uses_of = [&](const Block& any) { return pass.uses(any); };
+                   run(context, layer, uses_of, block, next,
+                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), workers,
+                       &pass);
+                   pass.finish();
+                 });
 }
 
 void scores(const PassContext& context, const Layer& layer, const ScoresRequest& request) {
   const int64_t bytes = request.num_heads * layer.geometry.head_dim_k * static_cast<int64_t>(sizeof(float));
   for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
-                 [&](const Block& block) {
+                 [&](const Block& block, const Block* next) {
                    ScoresPass pass(context, layer, request, block);
-                   run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
+                   run(context, layer, all_uses(layer, request.span), block, next,
                        compute_weight(block, request.num_heads / layer.geometry.num_kv_heads),
                        context.stream->worker_limit(), &pass);
                  });
@@ -672,19 +712,21 @@ void weighted_sum(const PassContext& context, const Layer& layer, const Weighted
       request.num_heads * layer.geometry.head_dim_v * static_cast<int64_t>(sizeof(float));
   const int workers = affordable_workers(context, 0, bytes_per_worker);
   const int64_t bytes = workers * bytes_per_worker;
-  for_each_block(
-      request.span.row_count, request.q_len, bytes, context.scratch_bytes_max, [&](const Block& block) {
-        WeightedSumPass pass(context, layer, request, block, workers);
-        run(context, layer, all_uses(layer, request.span, block.row_begin, block.row_count),
-            compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), workers, &pass);
-        pass.finish();
-      });
+  for_each_block(request.span.row_count, request.q_len, bytes, context.scratch_bytes_max,
+                 [&](const Block& block, const Block* next) {
+                   WeightedSumPass pass(context, layer, request, block, workers);
+                   run(context, layer, all_uses(layer, request.span), block, next,
+                       compute_weight(block, request.num_heads / layer.geometry.num_kv_heads), workers,
+                       &pass);
+                   pass.finish();
+                 });
 }
 
 void read(const PassContext& context, const Layer& layer, const ReadRequest& request) {
   ReadPass pass(*context.kernels, layer, request);
-  run(context, layer, all_uses(layer, request.span, 0, request.span.row_count), 1,
-      context.stream->worker_limit(), &pass);
+  const Block block{0, request.span.row_count, 0, 1};
+  run(context, layer, all_uses(layer, request.span), block, nullptr, 1, context.stream->worker_limit(),
+      &pass);
 }
 
 }  // namespace csd

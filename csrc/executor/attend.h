@@ -8,6 +8,7 @@
 
 #include "base/aligned_buffer.h"
 #include "base/types.h"
+#include "executor/ahead.h"
 #include "executor/plan.h"
 #include "executor/stream.h"
 #include "kernels/kernels.h"
@@ -96,6 +97,8 @@ struct PassContext {
   // Bounds rows x queries x workers at once: larger calls go over the pages several times. The least is one
   // query of all heads on one worker.
   int64_t scratch_bytes_max = 0;
+  ReadAhead* ahead = nullptr;  // null: nothing is read before it is needed
+  PassKey pass;
 };
 
 void attend(const PassContext& context, const Layer& layer, const AttendRequest& request);

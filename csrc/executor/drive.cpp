@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kMemoryBudgetMin = 1 * kMiB;
-constexpr int64_t kStagingBytesMax = 32 * kMiB;  // 32 reads of 1 MiB, or as many as the budget allows
+constexpr int64_t kStagingBytesMax = 32 * kMiB;        // 32 reads of 1 MiB, or as many as the budget allows
+constexpr int64_t kAheadStagingBytesMax = 256 * kMiB;  // what a drive reads while a model computes
 constexpr int64_t kScratchBytesMax = 64 * kMiB;
 constexpr int64_t kWriteWindowBytes = 16 * kMiB;  // on the way to the drive at once, to make room
 constexpr int64_t kWriteBehindBytes = 64 * kMiB;  // the same while nobody waits for it
@@ -21,9 +22,11 @@ constexpr int kWriteDepth = 64;
 constexpr int64_t kTailPages = 2;         // of full precision, at most, where older ones are quantised
 constexpr int64_t kPackBytes = 8 * kMiB;  // of pages packed together
 
-// How memory_budget is divided; the arena has the rest.
-int64_t staging_bytes(int64_t budget_bytes) {
-  const int64_t bytes = std::min(kStagingBytesMax, budget_bytes / 4);
+// How memory_budget is divided; the arena has the rest. read_ahead_bytes: as in DriveOptions.
+int64_t staging_bytes(int64_t budget_bytes, int64_t read_ahead_bytes) {
+  const int64_t bytes = read_ahead_bytes < 0
+                            ? std::min(kAheadStagingBytesMax, budget_bytes / 8 * 3)
+                            : std::min(kStagingBytesMax, budget_bytes / 4) + read_ahead_bytes;
   const int64_t step =
       bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
   return bytes / step * step;
@@ -33,9 +36,9 @@ int64_t scratch_bytes(int64_t budget_bytes) { return std::min(kScratchBytesMax, 
 
 // Two pages to read into, so that the drive works while one is computed on, and two in memory: a tail, and
 // the copy that a shared tail turns into.
-int64_t page_bytes_max(int64_t budget_bytes) {
-  const int64_t staging = staging_bytes(budget_bytes);
-  return std::min(staging, budget_bytes - staging - scratch_bytes(budget_bytes)) / 2;
+int64_t page_bytes_max(int64_t budget_bytes, int64_t read_ahead_bytes) {
+  const int64_t staging = staging_bytes(budget_bytes, read_ahead_bytes);
+  return std::min({kStagingBytesMax, staging, budget_bytes - staging - scratch_bytes(budget_bytes)}) / 2;
 }
 
 // The first page that is to be of full precision in a row of this length: the newest one or two pages are, so
@@ -54,11 +57,17 @@ Drive::Drive(const DriveOptions& options)
     throw Error(ErrorKind::kBudget, "memory_budget must be at least 1 MiB, got " +
                                         text(options.memory_budget_bytes) + " bytes; raise it");
   }
+  const int64_t staging = staging_bytes(options.memory_budget_bytes, options.read_ahead_bytes);
+  if (options.read_ahead_bytes > 0 && staging > options.memory_budget_bytes / 2) {
+    throw Error(ErrorKind::kBudget, "read_ahead of " + text(options.read_ahead_bytes) +
+                                        " bytes leaves less than half of a " + "memory_budget of " +
+                                        text(options.memory_budget_bytes) +
+                                        " bytes; raise memory_budget, or read less ahead");
+  }
   file_ = open_scratch_file(options.directory, options.io_engine);
   try {
     write_header(file_.fd, file_.path);
     engine_ = make_io_engine(file_.engine, static_cast<int>(std::max<int64_t>(4, options.threads)));
-    const int64_t staging = staging_bytes(options.memory_budget_bytes);
     scratch_bytes_max_ = scratch_bytes(options.memory_budget_bytes);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
     space_ = std::make_shared<FileSpace>(file_.fd, file_.path);
@@ -105,13 +114,18 @@ void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   const int64_t page_bytes = geometry.full_precision().page_bytes();
-  if (page_bytes > page_bytes_max(options_.memory_budget_bytes)) {
+  const auto fits = [&](int64_t budget_bytes) {
+    return page_bytes <= page_bytes_max(budget_bytes, options_.read_ahead_bytes);
+  };
+  if (!fits(options_.memory_budget_bytes)) {
     const std::string page = "pages of " + text(page_bytes) + " bytes (" + text(geometry.num_kv_heads) +
                              " kv heads, head_dim " + text(geometry.head_dim_k) + " + " +
                              text(geometry.head_dim_v) + ", " + dtype_name(geometry.dtype) + ")";
     int64_t enough = kMemoryBudgetMin;
-    while (page_bytes > page_bytes_max(enough) && enough < 8 * kStagingBytesMax) enough += kMiB;
-    if (page_bytes > page_bytes_max(enough)) {
+    while (!fits(enough) &&
+           enough < 8 * kStagingBytesMax + 2 * std::max<int64_t>(0, options_.read_ahead_bytes))
+      enough += kMiB;
+    if (!fits(enough)) {
       throw Error(ErrorKind::kValue, page + " are larger than the " + text(kStagingBytesMax / 2) +
                                          " that a store can read at once; store fewer kv heads in a layer");
     }
@@ -120,6 +134,8 @@ void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
                                         text(enough));
   }
   layers_[layer_id] = Layer{geometry, {}, 0, 0};
+  ahead_.forget(layer_id);
+  stream_->release_unused();
 }
 
 void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
@@ -129,12 +145,16 @@ void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   for (Row& row : copy.rows)
     row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.stored().page_bytes());
   layers_[layer_id] = std::move(copy);
+  ahead_.forget(layer_id);
+  stream_->release_unused();
 }
 
 void Drive::drop_layer(int64_t layer_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   layers_.erase(layer_id);
+  ahead_.forget(layer_id);
+  stream_->release_unused();
 }
 
 LayerInfo Drive::info(int64_t layer_id) {
@@ -479,9 +499,12 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
     const int64_t length = lengths[one_for_all ? 0 : i];
     if (length >= row.length) continue;
     row.truncate(length);
+    if (row.pages.empty()) row.stream->restart();
     shortened = true;
   }
-  if (shortened) layer.epoch++;
+  if (!shortened) return;
+  layer.epoch++;
+  stream_->release_unused();
 }
 
 void Drive::trim(int64_t layer_id, int64_t begin) {
@@ -502,6 +525,7 @@ void Drive::trim(int64_t layer_id, int64_t begin) {
       row.first_page++;
     }
   }
+  stream_->release_unused();
 }
 
 void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
@@ -532,6 +556,7 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   }
   layer.rows = std::move(rows);
   layer.epoch++;
+  stream_->release_unused();
 }
 
 void Drive::flush() {
@@ -543,7 +568,10 @@ void Drive::flush() {
 
 // ---- computing from it ----
 
-PassContext Drive::context() { return {&kernels_, stream_.get(), &scratch_, scratch_bytes_max_}; }
+PassContext Drive::context(PassKey pass) {
+  ReadAhead* ahead = options_.read_ahead_bytes != 0 ? &ahead_ : nullptr;
+  return {&kernels_, stream_.get(), &scratch_, scratch_bytes_max_, ahead, pass};
+}
 
 void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) const {
   if (epoch >= 0 && epoch != layer.epoch) {
@@ -602,30 +630,30 @@ void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
   if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
   check_span(layer, epoch, request.span);
   check_mask(layer, request);
-  csd::attend(context(), layer, request);
+  csd::attend(context({layer_id, PassKind::kAttend}), layer, request);
   attend_calls_++;
 }
 
 template <typename Request>
-void Drive::run_pass(int64_t layer_id, int64_t epoch, const Request& request,
+void Drive::run_pass(PassKey key, int64_t epoch, const Request& request,
                      void (*pass)(const PassContext&, const Layer&, const Request&)) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(layer_id);
+  const Layer& layer = find(key.layer_id);
   check_span(layer, epoch, request.span);
-  pass(context(), layer, request);
+  pass(context(key), layer, request);
 }
 
 void Drive::scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request) {
-  run_pass(layer_id, epoch, request, csd::scores);
+  run_pass({layer_id, PassKind::kScores}, epoch, request, csd::scores);
 }
 
 void Drive::weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request) {
-  run_pass(layer_id, epoch, request, csd::weighted_sum);
+  run_pass({layer_id, PassKind::kWeightedSum}, epoch, request, csd::weighted_sum);
 }
 
 void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
-  run_pass(layer_id, epoch, request, csd::read);
+  run_pass({layer_id, PassKind::kRead}, epoch, request, csd::read);
 }
 
 // ---- reporting ----
@@ -671,6 +699,8 @@ std::string Drive::stats_json() {
   json += number("memory_used_bytes",
                  arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
   json += number("drive_read_bytes", counters.drive_read_bytes);
+  json += number("read_ahead_bytes", counters.read_ahead_bytes);
+  json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);
   json += number("resident_read_bytes", counters.resident_read_bytes);
   json += number("drive_written_bytes", writer_->written_bytes());
   json += number("drive_pending_bytes", writer_->pending_bytes());

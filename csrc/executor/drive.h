@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/fair_mutex.h"
+#include "executor/ahead.h"
 #include "executor/attend.h"
 #include "executor/packer.h"
 #include "executor/stream.h"
@@ -35,6 +36,8 @@ struct DriveOptions {
   int64_t memory_budget_bytes = int64_t{1} << 30;
   int64_t threads = 1;
   int64_t queue_depth = 32;
+  // Memory for reads before they are needed; 0: none, -1: a share of the budget.
+  int64_t read_ahead_bytes = -1;
   bool resident = true;  // false: full pages always leave memory (to measure or test the drive)
 };
 
@@ -116,9 +119,9 @@ class Drive {
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;
-  PassContext context();
+  PassContext context(PassKey pass);
   template <typename Request>
-  void run_pass(int64_t layer_id, int64_t epoch, const Request& request,
+  void run_pass(PassKey key, int64_t epoch, const Request& request,
                 void (*pass)(const PassContext&, const Layer&, const Request&));
 
   // Pages in memory that may have to leave it. Entries go stale, are skipped, and are swept out now and then.
@@ -145,6 +148,7 @@ class Drive {
 
   FairMutex mutex_;  // of everything here
   std::map<int64_t, Layer> layers_;
+  ReadAhead ahead_{&layers_};
   Candidates sealed_;  // full pages
   Candidates tails_;   // pages that a row still fills
 

@@ -25,15 +25,41 @@ struct ReadRun {
   int64_t use_end = 0;
 };
 
+// Bytes of the drive that were read ahead: they are in a staging slot, or on their way to it.
+struct StagedRun {
+  int64_t file_offset = 0;
+  int64_t bytes = 0;
+  int slot = 0;
+  bool taken = false;  // by a plan; it serves one
+};
+
+// Uses that a staged run serves.
+struct StagedUse {
+  int slot = 0;
+  int64_t use_begin = 0;  // Plan::drive_uses
+  int64_t use_end = 0;
+  int64_t bytes = 0;  // of the run that are used
+};
+
 struct Plan {
   std::vector<PageUse> memory_uses;
   std::vector<PageUse> drive_uses;  // by file offset
-  std::vector<ReadRun> reads;
+  std::vector<ReadRun> reads;       // of what is not staged
+  std::vector<StagedUse> staged;
   int64_t read_bytes = 0;
   int64_t memory_bytes = 0;  // of memory_uses
 };
 
-// read_bytes_max: no run is longer, except that it holds at least one page.
-Plan make_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max);
+// read_bytes_max: no run is longer, except that it holds at least one page. staged: by file offset; what the
+// plan uses of it is marked as taken.
+Plan make_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max,
+               std::vector<StagedRun>* staged = nullptr);
+
+// Plans further uses behind those that the plan has, in runs of their own.
+void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::vector<StagedRun>* staged,
+                 Plan* plan);
+
+// Takes the last reads off a plan, until staged runs and reads are bytes_max together.
+void limit_plan(int64_t bytes_max, Plan* plan);
 
 }  // namespace csd

@@ -13,6 +13,7 @@ constexpr int64_t kReadBytes = int64_t{1} << 20;  // where this class of drives 
 constexpr int64_t kWakeBytes = int64_t{512}
                                << 10;  // arithmetic on less than this is over before a thread wakes
 constexpr int64_t kPagesPerClaim = 4;  // of memory pages, so that workers seldom meet at the counter
+constexpr int64_t kDepthMax = 1024;    // of one worker's queue
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -22,18 +23,54 @@ int64_t now_ns() {
 
 }  // namespace
 
+// A place in the staging memory. Its worker's thread changes it while it is in flight, whoever took it
+// otherwise.
+struct PageStream::Slot {
+  enum class State : uint8_t { kFree, kInFlight, kLanded };
+  enum class Role : uint8_t {
+    kNeeded,     // by the pass that runs
+    kAhead,      // by one that follows
+    kDiscarded,  // by nobody; free as soon as it lands
+  };
+  State state = State::kFree;
+  Role role = Role::kNeeded;
+  bool read_ahead = false;  // before the pass that needs it
+  int worker = 0;           // whose queue reads into it
+  int64_t file_offset = 0;
+  int64_t bytes = 0;
+  int64_t used_bytes = 0;  // of what was read ahead
+  int64_t use_begin = 0;   // of the plan that needs it
+  int64_t use_end = 0;
+  iovec segment{};
+  std::vector<std::shared_ptr<Extent>> extents;  // so that what was read ahead stays what the drive holds
+};
+
+struct PageStream::Worker {
+  int number = 0;
+  std::unique_ptr<IoQueue> queue;
+  std::vector<IoCompletion> completions;
+  int needed = 0;     // slots in flight that the pass waits for
+  int discarded = 0;  // slots in flight that will be free
+  // Kept until the pass ends: the last to let go gives space back, which only the calling thread may.
+  std::vector<std::shared_ptr<Extent>> extents;
+};
+
 struct PageStream::Pass {
   const Plan* plan;
-  int64_t page_bytes;
-  int64_t slot_bytes;
-  int64_t slot_count;  // per worker
+  const Plan* next;
+  int worker_count;
   PageConsumer* consumer;
   std::atomic<int64_t> next_read{0};
+  std::atomic<int64_t> next_ahead{0};
   std::atomic<int64_t> next_memory_use{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
   int error = 0;  // the first read error
   int64_t error_offset = 0;
+
+  bool reads() const { return !plan->drive_uses.empty(); }
+  int64_t read_count() const { return static_cast<int64_t>(plan->reads.size()); }
+  int64_t ahead_count() const { return next == nullptr ? 0 : static_cast<int64_t>(next->reads.size()); }
 
   void fail(int errno_value, int64_t file_offset) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -45,44 +82,6 @@ struct PageStream::Pass {
   }
 };
 
-struct PageStream::Worker {
-  std::unique_ptr<IoQueue> queue;
-  uint8_t* staging = nullptr;     // this pass's share
-  std::vector<iovec> segments;    // by slot
-  std::vector<int64_t> slot_run;  // by slot: index into Plan::reads
-  std::vector<int> free_slots;
-  std::vector<IoCompletion> completions;
-
-  void begin(int64_t slot_count) {
-    CSD_CHECK(slot_count > 0, "the staging memory does not hold a page");
-    segments.resize(static_cast<size_t>(slot_count));
-    slot_run.resize(static_cast<size_t>(slot_count));
-    free_slots.clear();
-    for (int64_t slot = slot_count; slot-- > 0;) free_slots.push_back(static_cast<int>(slot));
-  }
-
-  // Starts reads until no slot is free or nothing is left to read.
-  void fill(Pass* pass) {
-    const auto read_count = static_cast<int64_t>(pass->plan->reads.size());
-    while (!free_slots.empty() && !pass->failed) {
-      const int64_t index = pass->next_read.fetch_add(1, std::memory_order_relaxed);
-      if (index >= read_count) return;
-      const ReadRun& run = pass->plan->reads[static_cast<size_t>(index)];
-      const int slot = free_slots.back();
-      free_slots.pop_back();
-      iovec& segment = segments[static_cast<size_t>(slot)];
-      segment = {staging + pass->slot_bytes * slot, static_cast<size_t>(run.bytes)};
-      slot_run[static_cast<size_t>(slot)] = index;
-      IoRequest request;
-      request.file_offset = run.file_offset;
-      request.segments = &segment;
-      request.segment_count = 1;
-      request.tag = static_cast<uint64_t>(slot);
-      queue->submit(request);
-    }
-  }
-};
-
 PageStream::PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth,
                        int64_t staging_bytes)
     : engine_(engine),
@@ -90,109 +89,402 @@ PageStream::PageStream(IoEngine* engine, int fd, std::string path, int worker_co
       path_(std::move(path)),
       queue_depth_(queue_depth),
       staging_bytes_(staging_bytes),
-      pool_(worker_count) {}
+      pool_(worker_count) {
+  const int64_t share = staging_bytes_ / pool_.worker_count() / 2;
+  fit(std::max(kBlockBytes, std::min(kReadBytes, share) / kBlockBytes * kBlockBytes));
+}
 
 PageStream::~PageStream() {
   workers_.clear();  // their queues wait for reads in flight before the staging memory goes
   if (staging_ != nullptr) unmap_memory(staging_, staging_bytes_);
 }
 
-int64_t PageStream::read_bytes_max(int64_t page_bytes) const {
-  const int64_t share = staging_bytes_ / pool_.worker_count() / 2;
-  return std::max(page_bytes, std::min(kReadBytes, share) / page_bytes * page_bytes);
+// ---- slots ----
+
+// Slots only grow, so that layers of different page sizes do not take turns at losing what was read ahead.
+void PageStream::fit(int64_t page_bytes) {
+  if (page_bytes <= slot_bytes_) return;
+  drain();
+  CSD_CHECK(2 * page_bytes <= staging_bytes_, "the staging memory does not hold two pages");
+  slot_bytes_ = page_bytes;
+  slots_ = std::vector<Slot>(static_cast<size_t>(staging_bytes_ / slot_bytes_));
+  free_.clear();
+  for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_.push_back(slot);
+  landed_.clear();
+  landed_.reserve(slots_.size());
 }
 
-int64_t PageStream::staging_bytes_touched() const { return staging_ == nullptr ? 0 : staging_bytes_; }
+int64_t PageStream::read_bytes_max(int64_t page_bytes) const {
+  return std::max(page_bytes, slot_bytes_ / page_bytes * page_bytes);
+}
 
+// Maps the memory and makes the queues of the first worker_count workers.
 void PageStream::prepare(int worker_count) {
-  if (staging_ == nullptr) {
-    staging_ = map_memory(staging_bytes_, "reads in flight");
-  }
-  const int depth = std::max(2, queue_depth_ / pool_.worker_count());
+  if (staging_ == nullptr) staging_ = map_memory(staging_bytes_, "reads in flight");
+  // A worker's share of the slots as they are now: larger slots are fewer.
+  const auto share = static_cast<int64_t>(slots_.size()) / std::max(1, pool_.worker_count());
+  const auto depth = static_cast<int>(std::clamp<int64_t>(share, 3, kDepthMax));
   while (static_cast<int>(workers_.size()) < worker_count) {
     auto worker = std::make_unique<Worker>();
+    worker->number = static_cast<int>(workers_.size());
     worker->queue = engine_->make_queue(fd_, depth, {iovec{staging_, static_cast<size_t>(staging_bytes_)}});
     workers_.push_back(std::move(worker));
   }
-  const int64_t share = staging_bytes_ / worker_count / kBlockBytes * kBlockBytes;
-  for (int i = 0; i < worker_count; ++i) workers_[static_cast<size_t>(i)]->staging = staging_ + share * i;
 }
 
-void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, int worker_count_max,
-                     PageConsumer* consumer) {
+int PageStream::take(std::vector<int>* slots) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (slots->empty()) return -1;
+  const int slot = slots->back();
+  slots->pop_back();
+  return slot;
+}
+
+// During a pass its extents stay.
+void PageStream::release(int slot) {
+  slots_[static_cast<size_t>(slot)].state = Slot::State::kFree;
+  std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(slot);
+}
+
+// What was read ahead and will not be used. Not during a pass.
+void PageStream::discard(int slot) {
+  Slot& gone = slots_[static_cast<size_t>(slot)];
+  counters_.read_ahead_wasted_bytes += gone.bytes;
+  gone.extents.clear();
+  if (gone.state == Slot::State::kInFlight) {
+    gone.role = Slot::Role::kDiscarded;
+    workers_[static_cast<size_t>(gone.worker)]->discarded++;
+  } else {
+    release(slot);
+  }
+}
+
+// Empties the staging memory.
+void PageStream::drain() {
+  for (const std::unique_ptr<Worker>& worker : workers_) {
+    while (worker->queue->in_flight() > 0) reap(worker.get(), true, nullptr);
+  }
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (slots_[slot].state != Slot::State::kFree) discard(static_cast<int>(slot));
+  }
+}
+
+std::vector<StagedRun>* PageStream::staged() {
+  staged_.clear();
+  for (const std::unique_ptr<Worker>& worker : workers_) {
+    if (worker->queue->in_flight() > 0) reap(worker.get(), false, nullptr);
+  }
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    const Slot& run = slots_[slot];
+    if (run.state == Slot::State::kFree || run.role != Slot::Role::kAhead) continue;
+    staged_.push_back({run.file_offset, run.bytes, static_cast<int>(slot), false});
+  }
+  std::sort(staged_.begin(), staged_.end(),
+            [](const StagedRun& a, const StagedRun& b) { return a.file_offset < b.file_offset; });
+  return &staged_;
+}
+
+void PageStream::release_unused() {
+  std::vector<const std::shared_ptr<Extent>*> held;
+  for (const Slot& run : slots_) {
+    if (run.state == Slot::State::kFree || run.role != Slot::Role::kAhead) continue;
+    for (const std::shared_ptr<Extent>& extent : run.extents) held.push_back(&extent);
+  }
+  if (held.empty()) return;
+  const auto by_extent = [](const auto* a, const auto* b) { return a->get() < b->get(); };
+  std::sort(held.begin(), held.end(), by_extent);
+  std::vector<const Extent*> unused;
+  for (size_t i = 0; i < held.size();) {
+    size_t end = i;
+    while (end < held.size() && held[end]->get() == held[i]->get()) end++;
+    if (held[i]->use_count() == static_cast<int64_t>(end - i)) unused.push_back(held[i]->get());
+    i = end;
+  }
+  if (unused.empty()) return;
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    const Slot& run = slots_[slot];
+    if (run.state == Slot::State::kFree || run.role != Slot::Role::kAhead) continue;
+    if (std::any_of(run.extents.begin(), run.extents.end(), [&](const std::shared_ptr<Extent>& extent) {
+          return std::binary_search(unused.begin(), unused.end(), extent.get());
+        })) {
+      discard(static_cast<int>(slot));
+    }
+  }
+}
+
+// ---- reads ----
+
+void PageStream::start(Worker* worker, int slot, const ReadRun& run) {
+  Slot& target = slots_[static_cast<size_t>(slot)];
+  target.state = Slot::State::kInFlight;
+  target.worker = worker->number;
+  target.file_offset = run.file_offset;
+  target.bytes = run.bytes;
+  target.segment = {staging_ + slot_bytes_ * slot, static_cast<size_t>(run.bytes)};
+  IoRequest request;
+  request.file_offset = run.file_offset;
+  request.segments = &target.segment;
+  request.segment_count = 1;
+  request.tag = static_cast<uint64_t>(slot);
+  request.background = target.role == Slot::Role::kAhead;
+  worker->queue->submit(request);
+  counters_.drive_read_bytes += run.bytes;
+}
+
+// Starts the next read of the pass, or the next one ahead of it. False when there is nothing to start, or no
+// slot.
+bool PageStream::start_one(Worker* worker, Pass* pass) {
+  if (pass->next_read >= pass->read_count() && pass->next_ahead >= pass->ahead_count()) return false;
+  const int slot = take(&free_);
+  if (slot < 0) return false;
+  Slot& target = slots_[static_cast<size_t>(slot)];
+  target.read_ahead = false;
+  // Whoever has a slot claims a run, never the other way round: no run waits for a worker without slots.
+  int64_t index = pass->next_read.fetch_add(1, std::memory_order_relaxed);
+  if (index < pass->read_count()) {
+    const ReadRun& run = pass->plan->reads[static_cast<size_t>(index)];
+    target.role = Slot::Role::kNeeded;
+    target.use_begin = run.use_begin;
+    target.use_end = run.use_end;
+    worker->needed++;
+    start(worker, slot, run);
+    return true;
+  }
+  index = pass->next_ahead.fetch_add(1, std::memory_order_relaxed);
+  if (index < pass->ahead_count()) {
+    const ReadRun& run = pass->next->reads[static_cast<size_t>(index)];
+    target.role = Slot::Role::kAhead;
+    for (std::shared_ptr<Extent>& extent : target.extents) worker->extents.push_back(std::move(extent));
+    target.extents.clear();
+    for (int64_t i = run.use_begin; i < run.use_end; ++i) {
+      const std::shared_ptr<Extent>& extent = pass->next->drive_uses[static_cast<size_t>(i)].page->extent;
+      if (target.extents.empty() || target.extents.back() != extent) target.extents.push_back(extent);
+    }
+    start(worker, slot, run);
+    return true;
+  }
+  release(slot);
+  return false;
+}
+
+void PageStream::fill(Worker* worker, Pass* pass, int in_flight_max) {
+  while (!pass->failed && worker->queue->in_flight() < in_flight_max && start_one(worker, pass)) {
+  }
+}
+
+// pass: null between passes.
+void PageStream::reap(Worker* worker, bool wait, Pass* pass) {
+  worker->completions.clear();
+  worker->queue->reap(wait, &worker->completions);
+  for (const IoCompletion& completion : worker->completions) {
+    land(worker, static_cast<int>(completion.tag), completion.error, pass);
+  }
+}
+
+void PageStream::land(Worker* worker, int slot, int error, Pass* pass) {
+  Slot& run = slots_[static_cast<size_t>(slot)];
+  run.state = Slot::State::kLanded;
+  switch (run.role) {
+    case Slot::Role::kDiscarded:
+      worker->discarded--;
+      release(slot);
+      return;
+    case Slot::Role::kAhead:
+      // Not an error: whoever needs these pages will read them, and fail if that fails too.
+      if (error != 0) {
+        counters_.read_ahead_wasted_bytes += run.bytes;
+        if (pass == nullptr) run.extents.clear();
+        release(slot);
+      }
+      return;
+    case Slot::Role::kNeeded:
+      break;
+  }
+  CSD_CHECK(pass != nullptr, "a read that a pass needs landed after it");
+  worker->needed--;
+  if (error != 0 && run.read_ahead && !pass->failed) {
+    counters_.read_ahead_wasted_bytes += run.bytes;
+    run.read_ahead = false;
+    worker->needed++;
+    start(worker, slot, {run.file_offset, run.bytes, run.use_begin, run.use_end});
+    return;
+  }
+  if (error != 0) pass->fail(error, run.file_offset);
+  if (pass->failed) {
+    release(slot);
+    return;
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  landed_.push_back(slot);
+}
+
+// ---- passes ----
+
+void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int64_t compute_weight,
+                     int worker_count_max, PageConsumer* consumer) {
   const auto memory_uses = static_cast<int64_t>(plan.memory_uses.size());
-  const auto read_count = static_cast<int64_t>(plan.reads.size());
-  if (memory_uses == 0 && read_count == 0) return;
-  const int64_t weight =
-      (memory_uses + static_cast<int64_t>(plan.drive_uses.size())) * page_bytes * compute_weight;
+  const auto drive_uses = static_cast<int64_t>(plan.drive_uses.size());
+  if (memory_uses == 0 && drive_uses == 0) return;
+  const int64_t weight = (memory_uses + drive_uses) * page_bytes * compute_weight;
   auto worker_count = static_cast<int>(std::clamp<int64_t>(1 + weight / kWakeBytes, 1, worker_count_max));
   // A worker needs two slots, so that the drive works while it computes.
-  while (worker_count > 1 && staging_bytes_ / worker_count < 2 * read_bytes_max(page_bytes)) worker_count--;
+  if (drive_uses > 0) worker_count = std::min(worker_count, static_cast<int>(slots_.size() / 2));
   Pass pass;
   pass.plan = &plan;
-  pass.page_bytes = page_bytes;
-  pass.slot_bytes = read_bytes_max(page_bytes);
-  pass.slot_count = std::min(static_cast<int64_t>(std::max(2, queue_depth_ / pool_.worker_count())),
-                             staging_bytes_ / worker_count / pass.slot_bytes);
+  pass.next = next;
+  pass.worker_count = worker_count;
   pass.consumer = consumer;
-  if (read_count > 0) prepare(worker_count);
-  pool_.run(worker_count, [&](int number) {
-    this->work(read_count > 0 ? workers_[static_cast<size_t>(number)].get() : nullptr, number, &pass);
-  });
-  if (pass.error != 0) {
-    throw io_error(path_, "reading KV pages at byte " + std::to_string(pass.error_offset) + " failed",
-                   pass.error);
+  if (!pass.reads()) {
+    pool_.run(worker_count, [&](int number) { this->work(number, &pass); });
+  } else {
+    begin(&pass);
+    try {
+      pool_.run(worker_count, [&](int number) { this->work(number, &pass); });
+    } catch (...) {
+      pass.failed = true;
+      end(&pass);
+      throw;
+    }
+    end(&pass);
+    if (pass.error != 0) {
+      throw io_error(path_, "reading KV pages at byte " + std::to_string(pass.error_offset) + " failed",
+                     pass.error);
+    }
   }
-  counters_.drive_read_bytes += plan.read_bytes;
   counters_.resident_read_bytes += plan.memory_bytes;
 }
 
-// One worker of a pass. It keeps its slots reading, and computes on pages in memory, or on what has landed.
-void PageStream::work(Worker* worker, int number, Pass* pass) {
+// Gives the staged slots to the pass, or to the next, or lets them go.
+void PageStream::begin(Pass* pass) {
+  prepare(pass->worker_count);
+  std::vector<uint8_t> stays(slots_.size(), 0);
+  for (const StagedUse& use : pass->plan->staged) {
+    Slot& slot = slots_[static_cast<size_t>(use.slot)];
+    stays[static_cast<size_t>(use.slot)] = 1;
+    slot.role = Slot::Role::kNeeded;
+    slot.read_ahead = true;
+    slot.used_bytes = use.bytes;
+    slot.use_begin = use.use_begin;
+    slot.use_end = use.use_end;
+    if (slot.state == Slot::State::kLanded) {
+      landed_.push_back(use.slot);
+    } else {
+      workers_[static_cast<size_t>(slot.worker)]->needed++;
+    }
+  }
+  if (pass->next != nullptr) {
+    // The pass comes first: what stays for the next may not take the slots that it reads through.
+    auto spare = static_cast<int64_t>(slots_.size());
+    if (pass->read_count() > 0) spare -= std::min<int64_t>(spare, 2 * pass->worker_count);
+    for (const StagedUse& use : pass->next->staged) {
+      if (spare-- > 0) stays[static_cast<size_t>(use.slot)] = 1;
+    }
+  }
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    const bool ahead = slots_[slot].state != Slot::State::kFree && slots_[slot].role == Slot::Role::kAhead;
+    if (ahead && stays[slot] == 0) discard(static_cast<int>(slot));
+  }
+}
+
+// Leaves nothing in flight that belongs to the pass, and the staging memory full of what comes next.
+void PageStream::end(Pass* pass) {
+  if (pass->failed) {
+    landed_.clear();
+    for (size_t slot = 0; slot < slots_.size(); ++slot) {
+      if (slots_[slot].state == Slot::State::kFree || slots_[slot].role != Slot::Role::kNeeded) continue;
+      if (slots_[slot].state == Slot::State::kInFlight) {
+        workers_[static_cast<size_t>(slots_[slot].worker)]->needed--;
+        slots_[slot].role = Slot::Role::kDiscarded;
+        workers_[static_cast<size_t>(slots_[slot].worker)]->discarded++;
+      } else {
+        release(static_cast<int>(slot));
+      }
+    }
+  }
+  for (Slot& slot : slots_) {
+    if (slot.state == Slot::State::kFree || slot.role != Slot::Role::kAhead) slot.extents.clear();
+  }
+  for (const std::unique_ptr<Worker>& worker : workers_) worker->extents.clear();
+  if (pass->failed) return;
+  try {
+    for (bool any = true; any;) {
+      any = false;
+      for (int number = 0; number < pass->worker_count; ++number) {
+        Worker* worker = workers_[static_cast<size_t>(number)].get();
+        any = (worker->queue->in_flight() < worker->queue->depth() && start_one(worker, pass)) || any;
+      }
+    }
+  } catch (const Error&) {
+    // Reading ahead failed; the pass did not.
+  }
+}
+
+void PageStream::consume(int number, int slot, Pass* pass) {
+  const Slot& run = slots_[static_cast<size_t>(slot)];
+  const uint8_t* bytes = staging_ + slot_bytes_ * slot;
+  for (int64_t i = run.use_begin; i < run.use_end && !pass->failed; ++i) {
+    const PageUse& use = pass->plan->drive_uses[static_cast<size_t>(i)];
+    pass->consumer->consume(number, use, bytes + (use.page->file_offset - run.file_offset));
+  }
+  if (run.read_ahead) {
+    counters_.read_ahead_bytes += run.used_bytes;
+    counters_.read_ahead_wasted_bytes += run.bytes - run.used_bytes;
+  }
+  release(slot);
+}
+
+// One worker of a pass. It keeps its queue reading, and computes on what has landed, or on pages in memory.
+// Queues of workers that do not take part (the pass is a small one) are shared out.
+void PageStream::work(int number, Pass* pass) {
   const Plan& plan = *pass->plan;
   const auto memory_count = static_cast<int64_t>(plan.memory_uses.size());
+  const int in_flight_max = std::max(2, queue_depth_ / pool_.worker_count());
+  const bool reads = pass->reads();
   const int64_t start_ns = now_ns();
   int64_t wait_ns = 0;
-  if (worker != nullptr) worker->begin(pass->slot_count);
   try {
     for (;;) {
-      if (worker != nullptr) worker->fill(pass);
-      const bool in_flight = worker != nullptr && worker->queue->in_flight() > 0;
-      // Pages in memory fill the time in which the drive works; wait only when there are none left.
+      if (reads) {
+        Worker* own = workers_[static_cast<size_t>(number)].get();
+        fill(own, pass, std::min(in_flight_max, own->queue->depth()));
+        for (size_t i = static_cast<size_t>(number); i < workers_.size();
+             i += static_cast<size_t>(pass->worker_count)) {
+          if (workers_[i]->queue->in_flight() > 0) reap(workers_[i].get(), false, pass);
+        }
+        // What has landed first: its slot goes back to reading.
+        const int slot = take(&landed_);
+        if (slot >= 0) {
+          fill(own, pass, std::min(in_flight_max, own->queue->depth()));
+          consume(number, slot, pass);
+          continue;
+        }
+      }
       const int64_t memory_use =
           pass->failed ? memory_count
                        : pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
-      const bool has_memory_work = memory_use < memory_count;
       for (int64_t i = memory_use; i < std::min(memory_use + kPagesPerClaim, memory_count); ++i) {
         const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
         pass->consumer->consume(number, use, use.page->memory);
       }
-      if (!in_flight) {
-        if (has_memory_work) continue;
-        break;
+      if (memory_use < memory_count) continue;
+      if (!reads) break;
+      // Nothing to compute on: wait for a read of the pass, or for a slot to start one with.
+      const bool wants_slot = !pass->failed && pass->next_read < pass->read_count();
+      Worker* waits_for = nullptr;
+      for (size_t i = static_cast<size_t>(number); i < workers_.size() && waits_for == nullptr;
+           i += static_cast<size_t>(pass->worker_count)) {
+        Worker* worker = workers_[i].get();
+        if (worker->queue->in_flight() == 0) continue;
+        if (worker->needed > 0 || (wants_slot && worker->discarded > 0)) waits_for = worker;
       }
-      worker->completions.clear();
+      if (waits_for == nullptr) break;
       const int64_t wait_start_ns = now_ns();
-      worker->queue->reap(!has_memory_work, &worker->completions);
+      reap(waits_for, true, pass);
       wait_ns += now_ns() - wait_start_ns;
-      for (const IoCompletion& completion : worker->completions) {
-        const ReadRun& run = plan.reads[static_cast<size_t>(worker->slot_run[completion.tag])];
-        if (completion.error != 0) pass->fail(completion.error, run.file_offset);
-        if (!pass->failed) {
-          const uint8_t* bytes = worker->staging + pass->slot_bytes * static_cast<int64_t>(completion.tag);
-          for (int64_t i = run.use_begin; i < run.use_end; ++i) {
-            const PageUse& use = plan.drive_uses[static_cast<size_t>(i)];
-            pass->consumer->consume(number, use, bytes + (use.page->file_offset - run.file_offset));
-          }
-        }
-        worker->free_slots.push_back(static_cast<int>(completion.tag));
-        worker->fill(pass);  // before computing on the next: the drive must not wait for arithmetic
-      }
     }
   } catch (...) {
     pass->failed = true;
-    while (worker != nullptr && worker->queue->in_flight() > 0)
-      worker->queue->reap(true, &worker->completions);
     throw;
   }
   counters_.io_wait_ns += wait_ns;

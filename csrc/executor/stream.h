@@ -1,4 +1,6 @@
 // Runs a plan: reads many runs at once and hands each page to a consumer as it lands, on several threads.
+// What is left of the staging memory goes to reads for the passes that will follow; they go on after the
+// pass.
 #pragma once
 
 #include <atomic>
@@ -23,38 +25,68 @@ class PageConsumer {
 };
 
 struct StreamCounters {
-  std::atomic<int64_t> drive_read_bytes{0};
+  std::atomic<int64_t> drive_read_bytes{0};  // asked of the drive
   std::atomic<int64_t> resident_read_bytes{0};
-  std::atomic<int64_t> io_wait_ns{0};  // summed over workers
-  std::atomic<int64_t> compute_ns{0};  // summed over workers
+  std::atomic<int64_t> read_ahead_bytes{0};         // of drive_read_bytes: there before it was asked for
+  std::atomic<int64_t> read_ahead_wasted_bytes{0};  // of drive_read_bytes: never used
+  std::atomic<int64_t> io_wait_ns{0};               // summed over workers
+  std::atomic<int64_t> compute_ns{0};               // summed over workers
 };
 
+// Not thread-safe: one call at a time.
 class PageStream {
  public:
-  // staging_bytes: memory for reads in flight, all workers together; page_bytes of any pass must fit twice.
+  // staging_bytes: memory for reads, all workers together; page_bytes of any pass must fit twice.
+  // queue_depth: reads in flight during a pass; those ahead of the next pass may fill the staging memory.
   PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth,
              int64_t staging_bytes);
   ~PageStream();
 
-  // The length of reads that suits a page size.
+  // Makes slots large enough for pages of this size; what was staged in smaller ones is lost.
+  void fit(int64_t page_bytes);
+  // The length of reads that suits a page size, and the longest that fits a slot.
   int64_t read_bytes_max(int64_t page_bytes) const;
-  int64_t staging_bytes_touched() const;
+  int64_t slot_bytes() const { return slot_bytes_; }
+  int64_t staging_bytes() const { return staging_bytes_; }
+  int64_t staging_bytes_touched() const { return staging_ == nullptr ? 0 : staging_bytes_; }
+
+  // What was read ahead, by file offset: for the plan of the pass that comes now. Valid until then.
+  std::vector<StagedRun>* staged();
 
   // Feeds every use of the plan to the consumer; workers are numbered below worker_count_max. compute_weight:
-  // the arithmetic on a page relative to one query's, so that small passes stay on the calling thread. Throws
-  // kStore for a failed read: nothing of the pass is then valid. One pass at a time.
-  void run(const Plan& plan, int64_t page_bytes, int64_t compute_weight, int worker_count_max,
-           PageConsumer* consumer);
+  // the arithmetic on a page relative to one query's, so that small passes stay on the calling thread. next:
+  // what to read after the plan's own reads, as far as the staging memory goes; null: nothing. When the plan
+  // needs the drive, staged runs that are in neither plan are let go. Throws kStore for a failed read:
+  // nothing of the pass is then valid.
+  void run(const Plan& plan, const Plan* next, int64_t page_bytes, int64_t compute_weight,
+           int worker_count_max, PageConsumer* consumer);
+
+  // Lets go of what was read ahead from extents that nobody else keeps, so that their space is free.
+  void release_unused();
+
   int worker_limit() const { return pool_.worker_count(); }
   ThreadPool& pool() { return pool_; }  // for other work between passes
   const StreamCounters& counters() const { return counters_; }
 
  private:
+  struct Slot;
   struct Worker;
   struct Pass;
 
-  void work(Worker* worker, int number, Pass* pass);
   void prepare(int worker_count);
+  void begin(Pass* pass);
+  void end(Pass* pass);
+  void work(int number, Pass* pass);
+  void fill(Worker* worker, Pass* pass, int in_flight_max);
+  bool start_one(Worker* worker, Pass* pass);
+  void start(Worker* worker, int slot, const ReadRun& run);
+  void reap(Worker* worker, bool wait, Pass* pass);
+  void land(Worker* worker, int slot, int error, Pass* pass);
+  void consume(int number, int slot, Pass* pass);
+  void release(int slot);
+  void discard(int slot);
+  int take(std::vector<int>* slots);
+  void drain();
 
   IoEngine* const engine_;
   const int fd_;
@@ -63,7 +95,13 @@ class PageStream {
   const int64_t staging_bytes_;
   ThreadPool pool_;
   uint8_t* staging_ = nullptr;  // mapped by the first pass that reads
+  int64_t slot_bytes_ = 0;
+  std::vector<Slot> slots_;
   std::vector<std::unique_ptr<Worker>> workers_;
+  std::mutex mutex_;         // of the two, during a pass
+  std::vector<int> free_;    // slots
+  std::vector<int> landed_;  // slots that the pass has to compute on
+  std::vector<StagedRun> staged_;
   StreamCounters counters_;
 };
 

@@ -25,7 +25,8 @@ struct IoRequest {
   int64_t file_offset = 0;
   const iovec* segments = nullptr;
   int segment_count = 0;
-  uint64_t tag = 0;  // comes back in the completion
+  uint64_t tag = 0;         // comes back in the completion
+  bool background = false;  // nobody waits for it yet: others may overtake it
 };
 
 struct IoCompletion {

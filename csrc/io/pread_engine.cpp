@@ -40,7 +40,8 @@ struct Outbox {
   std::vector<Transfer*> finished;
 };
 
-// First in, first out over all queues. Its bound is the sum of the queues' depths.
+// First in, first out over all queues, but for requests in the background, which come last. Its bound is the
+// sum of the queues' depths.
 class WorkerPool {
  public:
   explicit WorkerPool(int thread_count) {
@@ -68,10 +69,10 @@ class WorkerPool {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  void add(int fd, Transfer* transfer, Outbox* outbox) {
+  void add(int fd, Transfer* transfer, Outbox* outbox, bool background) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.push_back({fd, transfer, outbox});
+      (background ? background_jobs_ : jobs_).push_back({fd, transfer, outbox});
     }
     wake_.notify_one();
   }
@@ -86,10 +87,11 @@ class WorkerPool {
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
-      if (jobs_.empty()) return;
-      const Job job = jobs_.front();
-      jobs_.pop_front();
+      wake_.wait(lock, [this] { return stopping_ || !jobs_.empty() || !background_jobs_.empty(); });
+      std::deque<Job>& jobs = jobs_.empty() ? background_jobs_ : jobs_;
+      if (jobs.empty()) return;
+      const Job job = jobs.front();
+      jobs.pop_front();
       lock.unlock();
       carry_out(job.fd, job.transfer);
       {
@@ -105,6 +107,7 @@ class WorkerPool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Job> jobs_;
+  std::deque<Job> background_jobs_;
   bool stopping_ = false;
   std::vector<std::thread> threads_;
 };
@@ -126,7 +129,7 @@ class PreadQueue : public IoQueue {
     CSD_CHECK(!free_.empty(), "I/O queue: more than depth() requests in flight");
     Transfer* transfer = free_.back();
     transfer->start(request, alignment_bytes_);
-    pool_->add(fd_, transfer, &outbox_);
+    pool_->add(fd_, transfer, &outbox_, request.background);
     free_.pop_back();
   }
 

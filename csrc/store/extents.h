@@ -66,6 +66,12 @@ class ExtentStream {
   // The coming writes are likely to be this many pages: the next extent is made that long (within limits).
   void expect(int64_t page_count) { expected_pages_ = page_count; }
 
+  // The row has lost all of its pages: the extent that it was filling is free.
+  void restart() {
+    current_.reset();
+    taken_pages_ = 0;
+  }
+
   // The next place for a page, and the extent that it keeps alive.
   std::pair<int64_t, std::shared_ptr<Extent>> take();
   // The same, away from the others: for a page that will not stay.

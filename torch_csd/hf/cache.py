@@ -50,6 +50,7 @@ class StorageCache(DynamicCache):
         io_engine: str = "auto",
         threads: int | None = None,
         queue_depth: int = 32,
+        read_ahead: int | str | None = None,
         resident: bool = True,
         simd: str | None = None,
     ):
@@ -66,6 +67,7 @@ class StorageCache(DynamicCache):
             io_engine=io_engine,
             threads=threads,
             queue_depth=queue_depth,
+            read_ahead=read_ahead,
             resident=resident,
             simd=simd,
         )
