@@ -12,7 +12,12 @@ namespace {
 constexpr int64_t kReadBytes = int64_t{1} << 20;  // where this class of drives reaches its rate, see bench_io
 constexpr int64_t kWakeBytes = int64_t{512}
                                << 10;  // arithmetic on less than this is over before a thread wakes
-constexpr int64_t kPagesPerClaim = 4;  // of memory pages, so that workers seldom meet at the counter
+
+// Memory pages a worker takes at once. What is fetched ahead ends with them, so the first tile of every claim
+// comes from memory at a fifth of the rate; the last claims bound how long workers wait for one another.
+constexpr int64_t kPagesPerClaim = 4;  // at least; and beside reads from the drive, reaped between claims
+constexpr int64_t kPagesPerClaimMax = 16;
+constexpr int64_t kClaimsPerWorker = 16;
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -27,6 +32,7 @@ struct PageStream::Pass {
   int64_t page_bytes;
   int64_t slot_bytes;
   int64_t slot_count;  // per worker
+  int64_t pages_per_claim;
   PageConsumer* consumer;
   std::atomic<int64_t> next_read{0};
   std::atomic<int64_t> next_memory_use{0};
@@ -134,6 +140,9 @@ void PageStream::run(const Plan& plan, int64_t page_bytes, int64_t compute_weigh
   pass.slot_bytes = read_bytes_max(page_bytes);
   pass.slot_count = std::min(static_cast<int64_t>(std::max(2, queue_depth_ / pool_.worker_count())),
                              staging_bytes_ / worker_count / pass.slot_bytes);
+  pass.pages_per_claim = read_count > 0 ? kPagesPerClaim
+                                        : std::clamp<int64_t>(memory_uses / (worker_count * kClaimsPerWorker),
+                                                              kPagesPerClaim, kPagesPerClaimMax);
   pass.consumer = consumer;
   if (read_count > 0) prepare(worker_count);
   pool_.run(worker_count, [&](int number) {
@@ -161,9 +170,9 @@ void PageStream::work(Worker* worker, int number, Pass* pass) {
       // Pages in memory fill the time in which the drive works; wait only when there are none left.
       const int64_t memory_use =
           pass->failed ? memory_count
-                       : pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
+                       : pass->next_memory_use.fetch_add(pass->pages_per_claim, std::memory_order_relaxed);
       const bool has_memory_work = memory_use < memory_count;
-      for (int64_t i = memory_use; i < std::min(memory_use + kPagesPerClaim, memory_count); ++i) {
+      for (int64_t i = memory_use; i < std::min(memory_use + pass->pages_per_claim, memory_count); ++i) {
         const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
         pass->consumer->consume(number, use, use.page->memory);
       }
