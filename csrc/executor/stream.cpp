@@ -12,8 +12,13 @@ namespace {
 constexpr int64_t kReadBytes = int64_t{1} << 20;  // where this class of drives reaches its rate, see bench_io
 constexpr int64_t kWakeBytes = int64_t{512}
                                << 10;  // arithmetic on less than this is over before a thread wakes
-constexpr int64_t kPagesPerClaim = 4;  // of memory pages, so that workers seldom meet at the counter
 constexpr int64_t kDepthMax = 1024;    // of one worker's queue
+
+// Memory pages a worker takes at once. What is fetched ahead ends with them, so the first tile of every claim
+// comes from memory at a fifth of the rate; the last claims bound how long workers wait for one another.
+constexpr int64_t kPagesPerClaim = 4;  // at least; and beside reads from the drive, reaped between claims
+constexpr int64_t kPagesPerClaimMax = 16;
+constexpr int64_t kClaimsPerWorker = 16;
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -59,6 +64,7 @@ struct PageStream::Pass {
   const Plan* plan;
   const Plan* next;
   int worker_count;
+  int64_t pages_per_claim;
   PageConsumer* consumer;
   std::atomic<int64_t> next_read{0};
   std::atomic<int64_t> next_ahead{0};
@@ -334,6 +340,9 @@ void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int
   pass.plan = &plan;
   pass.next = next;
   pass.worker_count = worker_count;
+  pass.pages_per_claim = drive_uses > 0 ? kPagesPerClaim
+                                        : std::clamp<int64_t>(memory_uses / (worker_count * kClaimsPerWorker),
+                                                              kPagesPerClaim, kPagesPerClaimMax);
   pass.consumer = consumer;
   if (!pass.reads()) {
     pool_.run(worker_count, [&](int number) { this->work(number, &pass); });
@@ -462,8 +471,8 @@ void PageStream::work(int number, Pass* pass) {
       }
       const int64_t memory_use =
           pass->failed ? memory_count
-                       : pass->next_memory_use.fetch_add(kPagesPerClaim, std::memory_order_relaxed);
-      for (int64_t i = memory_use; i < std::min(memory_use + kPagesPerClaim, memory_count); ++i) {
+                       : pass->next_memory_use.fetch_add(pass->pages_per_claim, std::memory_order_relaxed);
+      for (int64_t i = memory_use; i < std::min(memory_use + pass->pages_per_claim, memory_count); ++i) {
         const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
         pass->consumer->consume(number, use, use.page->memory);
       }

@@ -611,19 +611,16 @@ template <int kBits>
 struct CodeLanes {
   int64_t word;      // the first of the eight
   int64_t count;     // of words that are there, 0 to 8
-  int shift[2];      // right, to the register's codes
   int64_t first[2];  // lane of the register's first code
+  int pair;          // of the codes in a 16-bit word: 0, or of int4 1
 
   CodeLanes(int64_t lanes, int quarter) {
     constexpr int kRegisters = kBits / 2;  // of words in a whole line
     const int64_t step = lanes * kBits / 16;
-    const int pair = quarter / kRegisters;
+    pair = quarter / kRegisters;
     word = quarter % kRegisters * 8;
     count = step <= word ? 0 : step - word < 8 ? step - word : 8;
-    for (int j = 0; j < 2; ++j) {
-      shift[j] = kBits * (2 * pair + j);
-      first[j] = (2 * pair + j) * step + word;
-    }
+    for (int j = 0; j < 2; ++j) first[j] = (2 * pair + j) * step + word;
   }
 
   __m256i mask() const {
@@ -633,7 +630,7 @@ struct CodeLanes {
 };
 
 // kRows queries x a quarter of a block, over line_count lines.
-template <int kBits, int kRows>
+template <int kBits, int kPair, int kRows>
 inline __attribute__((always_inline)) void sum_codes(const int16_t* integers, int64_t integer_stride,
                                                      const char* codes, int64_t line_bytes,
                                                      int64_t line_count, const CodeLanes<kBits>& lanes,
@@ -641,16 +638,17 @@ inline __attribute__((always_inline)) void sum_codes(const int16_t* integers, in
   constexpr int64_t kQuarterBytes = 2 * line_words(kBits, kCodeBlockLanes) / kQuarters;
   const __m256i low = _mm256_set1_epi32(kBits == 4 ? 0x000f000f : 0x00ff00ff);
   const __m256i mask = lanes.mask();
-  const __m128i first_shift = _mm_cvtsi32_si128(lanes.shift[0]);
-  const __m128i second_shift = _mm_cvtsi32_si128(lanes.shift[1]);
+  const bool whole = lanes.count == 8;
   CSD_UNROLL
   for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
   codes += 4 * lanes.word;
   for (int64_t s = 0; s < line_count; ++s, codes += line_bytes) {
     _mm_prefetch(ahead + s * kQuarterBytes, _MM_HINT_T1);
-    const __m256i x = _mm256_maskload_epi32(reinterpret_cast<const int*>(codes), mask);
-    const __m256i first = _mm256_and_si256(_mm256_srl_epi16(x, first_shift), low);
-    const __m256i second = _mm256_and_si256(_mm256_srl_epi16(x, second_shift), low);
+    const __m256i x = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))
+                            : _mm256_maskload_epi32(reinterpret_cast<const int*>(codes), mask);
+    const __m256i first = _mm256_and_si256(kPair == 0 ? x : _mm256_srli_epi16(x, 8), low);
+    const __m256i high = _mm256_srli_epi16(x, kBits * (2 * kPair + 1));
+    const __m256i second = kBits * (2 * kPair + 2) == 16 ? high : _mm256_and_si256(high, low);
     CSD_UNROLL
     for (int m = 0; m < kRows; ++m) {
       int32_t pair;
@@ -666,12 +664,12 @@ inline __m256 unfold(const Folded& folded, __m256i sum) {
   return _mm256_fmadd_ps(_mm256_set1_ps(folded.factor), _mm256_cvtepi32_ps(sum), _mm256_set1_ps(folded.base));
 }
 
-template <int kBits, int kRows>
+template <int kBits, int kPair, int kRows>
 void score_codes_block(const int16_t* integers, const Folded* folded, const char* codes, int64_t head_dim,
                        const CodeLanes<kBits>& lanes, const char* ahead, float* scores) {
   __m256i sum[kRows][2];
-  sum_codes<kBits, kRows>(integers, kHeadDimMax, codes, 2 * line_words(kBits, kPageTokens), head_dim / 2,
-                          lanes, ahead, sum);
+  sum_codes<kBits, kPair, kRows>(integers, kHeadDimMax, codes, 2 * line_words(kBits, kPageTokens),
+                                 head_dim / 2, lanes, ahead, sum);
   CSD_UNROLL
   for (int m = 0; m < kRows; ++m) {
     _mm256_storeu_ps(scores + m * kPageTokens + lanes.first[0], unfold(folded[m], sum[m][0]));
@@ -684,9 +682,12 @@ void score_codes_all(const float* q, const void* k_codes, const uint16_t* k_para
                      int64_t head_dim, float* scores) {
   using Block = void (*)(const int16_t*, const Folded*, const char*, int64_t, const CodeLanes<kBits>&,
                          const char*, float*);
-  static constexpr Block kBlock[] = {score_codes_block<kBits, 1>, score_codes_block<kBits, 2>,
-                                     score_codes_block<kBits, 3>, score_codes_block<kBits, 4>,
-                                     score_codes_block<kBits, 5>, score_codes_block<kBits, 6>};
+  static constexpr Block kBlock[2][kRowBlock] = {
+      {score_codes_block<kBits, 0, 1>, score_codes_block<kBits, 0, 2>, score_codes_block<kBits, 0, 3>,
+       score_codes_block<kBits, 0, 4>, score_codes_block<kBits, 0, 5>, score_codes_block<kBits, 0, 6>},
+      {score_codes_block<kBits, kBits == 4, 1>, score_codes_block<kBits, kBits == 4, 2>,
+       score_codes_block<kBits, kBits == 4, 3>, score_codes_block<kBits, kBits == 4, 4>,
+       score_codes_block<kBits, kBits == 4, 5>, score_codes_block<kBits, kBits == 4, 6>}};
   alignas(32) int16_t integers[kFoldBlock * kHeadDimMax];
   Folded folded[kFoldBlock];
   const Groups groups(k_params, head_dim, 0, head_dim);
@@ -702,8 +703,8 @@ void score_codes_all(const float* q, const void* k_codes, const uint16_t* k_para
       const char* ahead = begin == 0 ? codes + quarter * quarter_bytes + kCodePrefetchBytes : codes;
       for (int64_t m = 0, rows; m < count; m += rows) {
         rows = next_rows(count - m);
-        kBlock[rows - 1](integers + m * kHeadDimMax, folded + m, codes, head_dim, lanes, ahead,
-                         scores + (begin + m) * kPageTokens);
+        kBlock[lanes.pair][rows - 1](integers + m * kHeadDimMax, folded + m, codes, head_dim, lanes, ahead,
+                                     scores + (begin + m) * kPageTokens);
         ahead = codes;  // from here on these tokens are in the cache
       }
     }
@@ -727,12 +728,12 @@ inline void accumulate_register(float* out, int64_t count, __m256i mask, float s
 }
 
 // Token pairs of line_count lines x a quarter of a block of channels.
-template <int kBits, int kRows>
+template <int kBits, int kPair, int kRows>
 void accumulate_codes_block(const int16_t* integers, const Folded* folded, const float* shrink,
                             const char* codes, int64_t line_bytes, int64_t line_count,
                             const CodeLanes<kBits>& lanes, int64_t head_dim, const char* ahead, float* out) {
   __m256i sum[kRows][2];
-  sum_codes<kBits, kRows>(integers, kPageTokens, codes, line_bytes, line_count, lanes, ahead, sum);
+  sum_codes<kBits, kPair, kRows>(integers, kPageTokens, codes, line_bytes, line_count, lanes, ahead, sum);
   const __m256i mask = lanes.mask();
   CSD_UNROLL
   for (int m = 0; m < kRows; ++m) {
@@ -748,9 +749,13 @@ void accumulate_codes_all(const float* p, const float* shrink, const void* v_cod
                           float* out) {
   using Block = void (*)(const int16_t*, const Folded*, const float*, const char*, int64_t, int64_t,
                          const CodeLanes<kBits>&, int64_t, const char*, float*);
-  static constexpr Block kBlock[] = {accumulate_codes_block<kBits, 1>, accumulate_codes_block<kBits, 2>,
-                                     accumulate_codes_block<kBits, 3>, accumulate_codes_block<kBits, 4>,
-                                     accumulate_codes_block<kBits, 5>, accumulate_codes_block<kBits, 6>};
+  static constexpr Block kBlock[2][kRowBlock] = {
+      {accumulate_codes_block<kBits, 0, 1>, accumulate_codes_block<kBits, 0, 2>,
+       accumulate_codes_block<kBits, 0, 3>, accumulate_codes_block<kBits, 0, 4>,
+       accumulate_codes_block<kBits, 0, 5>, accumulate_codes_block<kBits, 0, 6>},
+      {accumulate_codes_block<kBits, kBits == 4, 1>, accumulate_codes_block<kBits, kBits == 4, 2>,
+       accumulate_codes_block<kBits, kBits == 4, 3>, accumulate_codes_block<kBits, kBits == 4, 4>,
+       accumulate_codes_block<kBits, kBits == 4, 5>, accumulate_codes_block<kBits, kBits == 4, 6>}};
   alignas(32) int16_t integers[kFoldBlock * kPageTokens];
   Folded folded[kFoldBlock];
   const Groups groups(v_params, kPageTokens, token_begin, token_end);
@@ -774,8 +779,9 @@ void accumulate_codes_all(const float* p, const float* shrink, const void* v_cod
             begin == 0 ? block + quarter * (block_bytes / kQuarters) + kCodePrefetchBytes : codes;
         for (int64_t m = 0, rows; m < count; m += rows) {
           rows = next_rows(count - m);
-          kBlock[rows - 1](integers + m * kPageTokens + 2 * line_begin, folded + m, shrink + begin + m, codes,
-                           line_bytes, line_count, lanes, head_dim, ahead, out + (begin + m) * head_dim + d);
+          kBlock[lanes.pair][rows - 1](integers + m * kPageTokens + 2 * line_begin, folded + m,
+                                       shrink + begin + m, codes, line_bytes, line_count, lanes, head_dim,
+                                       ahead, out + (begin + m) * head_dim + d);
           ahead = codes;  // from here on these channels are in the cache
         }
       }
@@ -1016,28 +1022,103 @@ void quantise_v(int code_bits, DType source_dtype, const void* source, int64_t t
   of(source_dtype, source, token_stride, head_dim, v_codes, v_params);
 }
 
+template <int kBits>
+void dequantise_k_all(const void* k_codes, const uint16_t* k_params, int64_t head_dim, int64_t token_begin,
+                      int64_t token_count, DType target_dtype, int64_t token_stride, void* target) {
+  constexpr int64_t kStep = kPageTokens * kBits / 16;
+  constexpr int64_t kLineStride = line_words(kBits, kPageTokens) / 2;
+  const __m256i top = _mm256_set1_epi32((1 << kBits) - 1);
+  const Groups groups(k_params, head_dim, 0, head_dim);
+  for (int64_t d = 0; d < head_dim; d += kGroup) {
+    const int64_t channel_count = head_dim - d < kGroup ? head_dim - d : kGroup;
+    const bool whole = channel_count == kGroup;
+    const F32x16 scale = whole ? load_even_odd<Float32, true>(groups.scale + d)
+                               : load_even_odd<Float32, false>(groups.scale + d);
+    const F32x16 zero = whole ? load_even_odd<Float32, true>(groups.zero + d)
+                              : load_even_odd<Float32, false>(groups.zero + d);
+    const auto* codes = static_cast<const uint32_t*>(k_codes) + d / 2 * kLineStride;
+    for (int64_t i = 0; i < kStep; i += 8) {
+      alignas(32) uint32_t lines[8 * 8] = {};  // [pairs of channels][words of a line]
+      alignas(32) uint32_t words[8 * 8];       // the other way round
+      for (int64_t c = 0; c < channel_count / 2; ++c) {
+        std::memcpy(lines + 8 * c, codes + c * kLineStride + i, 32);
+      }
+      transpose_block(lines, 8, words, 8);
+      for (int64_t r = 0; r < 8; ++r) {
+        const __m256i word = _mm256_load_si256(reinterpret_cast<const __m256i*>(words + 8 * r));
+        for (int j = 0; j < 16 / kBits; ++j) {
+          const int64_t token = i + r + kStep * j - token_begin;
+          if (token < 0 || token >= token_count) continue;
+          const __m256i even = _mm256_and_si256(_mm256_srli_epi32(word, kBits * j), top);
+          const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16 + kBits * j), top);
+          const F32x16 value = {_mm256_fmadd_ps(scale.first, _mm256_cvtepi32_ps(even), zero.first),
+                                _mm256_fmadd_ps(scale.second, _mm256_cvtepi32_ps(odd), zero.second)};
+          alignas(32) float values[kGroup];
+          store_f32x16<true>(values, BFloat16::ordered(value));
+          store(target_dtype, values, 1.0f, channel_count,
+                static_cast<char*>(target) + (token * token_stride + d) * element_bytes(target_dtype));
+        }
+      }
+    }
+  }
+}
+
+void dequantise_k(int code_bits, const void* k_codes, const uint16_t* k_params, int64_t head_dim,
+                  int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
+                  void* target) {
+  const auto all = code_bits == 4 ? dequantise_k_all<4> : dequantise_k_all<8>;
+  all(k_codes, k_params, head_dim, token_begin, token_count, target_dtype, token_stride, target);
+}
+
+template <int kBits>
+void dequantise_v_all(const void* v_codes, const uint16_t* v_params, int64_t head_dim, int64_t token_begin,
+                      int64_t token_count, DType target_dtype, int64_t token_stride, void* target) {
+  constexpr int kRegisters = kBits / 2;  // of words in a whole line
+  const __m256i top = _mm256_set1_epi32((1 << kBits) - 1);
+  const Groups groups(v_params, kPageTokens, 0, kPageTokens);
+  for (int64_t i = 0; i < token_count; ++i) {
+    const int64_t t = token_begin + i;
+    const auto* line = static_cast<const char*>(v_codes) + t / 2 * 2 * line_words(kBits, head_dim);
+    const __m256 scale = _mm256_set1_ps(groups.scale[t]);
+    const __m256 zero = _mm256_set1_ps(groups.zero[t]);
+    // Lanes that are not there fall on those of the next register, which come later, or behind head_dim.
+    alignas(32) float values[kHeadDimMax + 8];
+    for (int64_t d = 0; d < head_dim; d += kCodeBlockLanes) {
+      const int64_t step = block_lanes(head_dim, d) * kBits / 16;
+      for (int j = 0; j < 16 / kBits; ++j) {
+        for (int a = 0; a < kRegisters; ++a) {
+          const CodeLanes<kBits> lanes(block_lanes(head_dim, d), a);
+          if (lanes.count == 0) continue;
+          const __m256i words = _mm256_maskload_epi32(
+              reinterpret_cast<const int*>(line + 2 * line_words(kBits, d) + 4 * lanes.word), lanes.mask());
+          const __m256i code =
+              _mm256_and_si256(_mm256_srli_epi32(words, static_cast<int>(16 * (t & 1)) + kBits * j), top);
+          _mm256_storeu_ps(values + d + j * step + lanes.word,
+                           _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(code), zero));
+        }
+      }
+    }
+    store(target_dtype, values, 1.0f, head_dim,
+          static_cast<char*>(target) + i * token_stride * element_bytes(target_dtype));
+  }
+}
+
+void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, int64_t head_dim,
+                  int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
+                  void* target) {
+  const auto all = code_bits == 4 ? dequantise_v_all<4> : dequantise_v_all<8>;
+  all(v_codes, v_params, head_dim, token_begin, token_count, target_dtype, token_stride, target);
+}
+
 }  // namespace
 
 CSD_TARGET_END
 
 const Kernels kAvx2Kernels = {
-    "avx2",
-    score_tile,
-    softmax_row,
-    accumulate_tile,
-    blend,
-    load,
-    store,
-    pack_k,
-    pack_v,
-    unpack_k,
-    unpack_v,
-    score_codes,
-    accumulate_codes,
-    quantise_k,
-    quantise_v,
-    plain::dequantise_k,
-    plain::dequantise_v,
+    "avx2",       score_tile,   softmax_row,      accumulate_tile, blend,
+    load,         store,        pack_k,           pack_v,          unpack_k,
+    unpack_v,     score_codes,  accumulate_codes, quantise_k,      quantise_v,
+    dequantise_k, dequantise_v,
 };
 
 }  // namespace csd

@@ -1012,6 +1012,85 @@ void quantise_v(int code_bits, DType source_dtype, const void* source, int64_t t
   of(source_dtype, source, token_stride, head_dim, v_codes, v_params);
 }
 
+template <int kBits>
+void dequantise_k_all(const void* k_codes, const uint16_t* k_params, int64_t head_dim, int64_t token_begin,
+                      int64_t token_count, DType target_dtype, int64_t token_stride, void* target) {
+  constexpr int64_t kStep = kPageTokens * kBits / 16;
+  constexpr int64_t kLineBytes = 2 * line_words(kBits, kPageTokens);
+  const __m512i top = _mm512_set1_epi32((1 << kBits) - 1);
+  const Groups groups(k_params, head_dim, 0, head_dim);
+  for (int64_t d = 0; d < head_dim; d += 32) {
+    const int64_t channel_count = head_dim - d < 32 ? head_dim - d : 32;
+    const F32x32 scale = load_even_odd<Float32>(groups.scale + d, mask_of(channel_count));
+    const F32x32 zero = load_even_odd<Float32>(groups.zero + d, mask_of(channel_count));
+    for (int64_t i = 0; i < kStep; i += 16) {
+      const char* line = static_cast<const char*>(k_codes) + d / 2 * kLineBytes + 4 * i;
+      __m512i words[16];
+      for (int64_t c = 0; c < 16; ++c) {
+        words[c] = 2 * c < channel_count ? _mm512_loadu_si512(line + c * kLineBytes) : _mm512_setzero_si512();
+      }
+      transpose_x16(words);
+      for (int64_t r = 0; r < 16; ++r) {
+        for (int j = 0; j < 16 / kBits; ++j) {
+          const int64_t token = i + r + kStep * j - token_begin;
+          if (token < 0 || token >= token_count) continue;
+          const auto even = _mm512_and_si512(_mm512_srli_epi32(words[r], kBits * j), top);
+          const auto odd = _mm512_and_si512(_mm512_srli_epi32(words[r], 16 + kBits * j), top);
+          alignas(64) float values[32];
+          store_f32x32(
+              values, ~__mmask32{0},
+              BFloat16::ordered({_mm512_fmadd_ps(scale.first, _mm512_cvtepi32_ps(even), zero.first),
+                                 _mm512_fmadd_ps(scale.second, _mm512_cvtepi32_ps(odd), zero.second)}));
+          store(target_dtype, values, 1.0f, channel_count,
+                static_cast<char*>(target) + (token * token_stride + d) * element_bytes(target_dtype));
+        }
+      }
+    }
+  }
+}
+
+void dequantise_k(int code_bits, const void* k_codes, const uint16_t* k_params, int64_t head_dim,
+                  int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
+                  void* target) {
+  const auto all = code_bits == 4 ? dequantise_k_all<4> : dequantise_k_all<8>;
+  all(k_codes, k_params, head_dim, token_begin, token_count, target_dtype, token_stride, target);
+}
+
+template <int kBits>
+void dequantise_v_all(const void* v_codes, const uint16_t* v_params, int64_t head_dim, int64_t token_begin,
+                      int64_t token_count, DType target_dtype, int64_t token_stride, void* target) {
+  constexpr int kRegisters = kBits / 4;  // of codes, before they expand
+  const __m512i top = _mm512_set1_epi32((1 << kBits) - 1);
+  const Groups groups(v_params, kPageTokens, 0, kPageTokens);
+  for (int64_t i = 0; i < token_count; ++i) {
+    const int64_t t = token_begin + i;
+    const auto* line = static_cast<const char*>(v_codes) + t / 2 * 2 * line_words(kBits, head_dim);
+    const __m512 scale = _mm512_set1_ps(groups.scale[t]);
+    const __m512 zero = _mm512_set1_ps(groups.zero[t]);
+    alignas(64) float values[kHeadDimMax];
+    for (int64_t d = 0; d < head_dim; d += kCodeBlockLanes) {
+      const CodeLanes<kBits> lanes(block_lanes(head_dim, d));
+      for (int j = 0; j < 4; ++j) {
+        const __m512i words =
+            _mm512_maskz_loadu_epi32(lanes.mask[j], line + 2 * line_words(kBits, d) + 64 * (j % kRegisters));
+        const auto shift = static_cast<unsigned>(16 * (t & 1) + kBits * (j / kRegisters));
+        const __m512i code = _mm512_and_si512(_mm512_srli_epi32(words, shift), top);
+        _mm512_mask_storeu_ps(values + d + lanes.first[j], lanes.mask[j],
+                              _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(code), zero));
+      }
+    }
+    store(target_dtype, values, 1.0f, head_dim,
+          static_cast<char*>(target) + i * token_stride * element_bytes(target_dtype));
+  }
+}
+
+void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, int64_t head_dim,
+                  int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
+                  void* target) {
+  const auto all = code_bits == 4 ? dequantise_v_all<4> : dequantise_v_all<8>;
+  all(v_codes, v_params, head_dim, token_begin, token_count, target_dtype, token_stride, target);
+}
+
 }  // namespace
 
 CSD_TARGET_END
@@ -1032,8 +1111,8 @@ const Kernels kAvx512Kernels = {
     accumulate_codes<false>,
     quantise_k,
     quantise_v,
-    plain::dequantise_k,
-    plain::dequantise_v,
+    dequantise_k,
+    dequantise_v,
 };
 
 const Kernels kAvx512VnniKernels = {
@@ -1052,8 +1131,8 @@ const Kernels kAvx512VnniKernels = {
     accumulate_codes<true>,
     quantise_k,
     quantise_v,
-    plain::dequantise_k,
-    plain::dequantise_v,
+    dequantise_k,
+    dequantise_v,
 };
 
 }  // namespace csd
