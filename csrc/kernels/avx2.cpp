@@ -25,6 +25,9 @@ constexpr int64_t kGroup = 16;
 // Queries whose sums stay in registers while K or V streams by: 6 rows x 2 registers of the 16.
 constexpr int64_t kRowBlock = 6;
 
+// Of codes 4 rows: their products need registers of their own before they are added.
+constexpr int64_t kCodeRowBlock = 4;
+
 // How far ahead of its use a tile is fetched into L2; where K, V and the next tile are adjacent this runs on
 // into them. Chosen for AVX-512; here it takes bf16 decode from 0.38 of the core's plain read to 0.60.
 template <typename Element>
@@ -117,8 +120,8 @@ struct Float16 {
 };
 
 // Rows of the next block when `row_count` rows are left. Blocks are even: 8 rows go 4 + 4 and not 6 + 2.
-inline int64_t next_rows(int64_t row_count) {
-  const int64_t block_count = (row_count + kRowBlock - 1) / kRowBlock;
+inline int64_t next_rows(int64_t row_count, int64_t row_block = kRowBlock) {
+  const int64_t block_count = (row_count + row_block - 1) / row_block;
   return (row_count + block_count - 1) / block_count;
 }
 
@@ -682,12 +685,11 @@ void score_codes_all(const float* q, const void* k_codes, const uint16_t* k_para
                      int64_t head_dim, float* scores) {
   using Block = void (*)(const int16_t*, const Folded*, const char*, int64_t, const CodeLanes<kBits>&,
                          const char*, float*);
-  static constexpr Block kBlock[2][kRowBlock] = {
+  static constexpr Block kBlock[2][kCodeRowBlock] = {
       {score_codes_block<kBits, 0, 1>, score_codes_block<kBits, 0, 2>, score_codes_block<kBits, 0, 3>,
-       score_codes_block<kBits, 0, 4>, score_codes_block<kBits, 0, 5>, score_codes_block<kBits, 0, 6>},
+       score_codes_block<kBits, 0, 4>},
       {score_codes_block<kBits, kBits == 4, 1>, score_codes_block<kBits, kBits == 4, 2>,
-       score_codes_block<kBits, kBits == 4, 3>, score_codes_block<kBits, kBits == 4, 4>,
-       score_codes_block<kBits, kBits == 4, 5>, score_codes_block<kBits, kBits == 4, 6>}};
+       score_codes_block<kBits, kBits == 4, 3>, score_codes_block<kBits, kBits == 4, 4>}};
   alignas(32) int16_t integers[kFoldBlock * kHeadDimMax];
   Folded folded[kFoldBlock];
   const Groups groups(k_params, head_dim, 0, head_dim);
@@ -702,7 +704,7 @@ void score_codes_all(const float* q, const void* k_codes, const uint16_t* k_para
       const CodeLanes<kBits> lanes(kPageTokens, quarter);
       const char* ahead = begin == 0 ? codes + quarter * quarter_bytes + kCodePrefetchBytes : codes;
       for (int64_t m = 0, rows; m < count; m += rows) {
-        rows = next_rows(count - m);
+        rows = next_rows(count - m, kCodeRowBlock);
         kBlock[lanes.pair][rows - 1](integers + m * kHeadDimMax, folded + m, codes, head_dim, lanes, ahead,
                                      scores + (begin + m) * kPageTokens);
         ahead = codes;  // from here on these tokens are in the cache
@@ -749,13 +751,11 @@ void accumulate_codes_all(const float* p, const float* shrink, const void* v_cod
                           float* out) {
   using Block = void (*)(const int16_t*, const Folded*, const float*, const char*, int64_t, int64_t,
                          const CodeLanes<kBits>&, int64_t, const char*, float*);
-  static constexpr Block kBlock[2][kRowBlock] = {
+  static constexpr Block kBlock[2][kCodeRowBlock] = {
       {accumulate_codes_block<kBits, 0, 1>, accumulate_codes_block<kBits, 0, 2>,
-       accumulate_codes_block<kBits, 0, 3>, accumulate_codes_block<kBits, 0, 4>,
-       accumulate_codes_block<kBits, 0, 5>, accumulate_codes_block<kBits, 0, 6>},
+       accumulate_codes_block<kBits, 0, 3>, accumulate_codes_block<kBits, 0, 4>},
       {accumulate_codes_block<kBits, kBits == 4, 1>, accumulate_codes_block<kBits, kBits == 4, 2>,
-       accumulate_codes_block<kBits, kBits == 4, 3>, accumulate_codes_block<kBits, kBits == 4, 4>,
-       accumulate_codes_block<kBits, kBits == 4, 5>, accumulate_codes_block<kBits, kBits == 4, 6>}};
+       accumulate_codes_block<kBits, kBits == 4, 3>, accumulate_codes_block<kBits, kBits == 4, 4>}};
   alignas(32) int16_t integers[kFoldBlock * kPageTokens];
   Folded folded[kFoldBlock];
   const Groups groups(v_params, kPageTokens, token_begin, token_end);
@@ -778,7 +778,7 @@ void accumulate_codes_all(const float* p, const float* shrink, const void* v_cod
         const char* ahead =
             begin == 0 ? block + quarter * (block_bytes / kQuarters) + kCodePrefetchBytes : codes;
         for (int64_t m = 0, rows; m < count; m += rows) {
-          rows = next_rows(count - m);
+          rows = next_rows(count - m, kCodeRowBlock);
           kBlock[lanes.pair][rows - 1](integers + m * kPageTokens + 2 * line_begin, folded + m,
                                        shrink + begin + m, codes, line_bytes, line_count, lanes, head_dim,
                                        ahead, out + (begin + m) * head_dim + d);
