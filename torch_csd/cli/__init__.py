@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from torch_csd.cli import bench
 from torch_csd.cli.report import UserError, fail
 from torch_csd.version import __version__
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,5 @@
+"""Benchmarks: what `torch-csd bench` runs. Every row stands beside a roof or a peer measured in the same run.
+
+`attention`, `decode`, `prefill` and `io` each have `run(settings, report, ...)`; `report` prints and saves, `roofs`
+knows how fast the drive and the memory are, `peers` what others do with the same bytes. No test depends on a timing.
+"""
