@@ -3,11 +3,14 @@
 #   make run     virtual environment, build, then the main job on the bundled example
 #   make test    the same set-up, then the tests
 #
-# A second call does only what changed. Variables: PYTHON=python3.12, VENV=.venv, PYTEST_ARGS="-k cli".
+# A second call does only what changed. Variables: PYTHON=python3.12, VENV=.venv, PYTEST_ARGS="-k cli",
+# BENCH_DIR=/nvme/kv, BENCH_ARGS="--rounds 5".
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_DIR ?= build/bench
+BENCH_ARGS ?= --quick
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -17,7 +20,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The budget is a fraction of the example's cache, so that most of it must lie on the drive.
 EXAMPLE_FLAGS := --max-new-tokens 96 --batch-size 2 --memory-budget 32MiB
 
-.PHONY: run test test-forced build lint format clean help
+.PHONY: run test test-forced bench build lint format clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -25,6 +28,7 @@ help:
 	@echo 'make run          set up, build, and generate text from the bundled example with its KV cache on the drive'
 	@echo 'make test         set up, build, and run the tests'
 	@echo 'make test-forced  the same tests with each slower instruction set and I/O engine forced'
+	@echo 'make bench        a short run of every benchmark, in BENCH_DIR=$(BENCH_DIR): minutes, and no bars'
 	@echo 'make build        set up and build only'
 	@echo 'make lint         ruff and clang-format, changing nothing'
 	@echo 'make format       ruff and clang-format, in place'
@@ -48,6 +52,13 @@ test-forced: build
 	  OMP_WAIT_POLICY=passive TORCH_CSD_SIMD=$$simd $(BIN)/python -m pytest -q $(FORCED_TESTS) || exit 1; \
 	done
 	OMP_WAIT_POLICY=passive TORCH_CSD_IO_ENGINE=pread $(BIN)/python -m pytest -q $(FORCED_TESTS)
+
+# Passive, as above. For figures that mean something: BENCH_ARGS= on a machine that does nothing else.
+bench: build
+	@mkdir -p $(BENCH_DIR)
+	@for command in io attention decode prefill; do \
+	  OMP_WAIT_POLICY=passive $(BIN)/torch-csd bench $$command --directory $(BENCH_DIR) $(BENCH_ARGS) || exit 1; echo; \
+	done
 
 build: $(VENV)/.built
 

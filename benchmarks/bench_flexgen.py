@@ -180,7 +180,7 @@ class FlexGenClock:
     def before_token(self, i: int, let_go: Callable[[], None]) -> None:
         end_s = time.perf_counter()
         if i > WARM_UP + 1:  # a counted one has just ended
-            self.samples.append(Sample(end_s - self.start_s, self.cache_bytes(), self.roofs))
+            self.samples.append(Sample(end_s - self.start_s, self.cache_bytes(), roofs=self.roofs))
         if 0 < i <= self.token_count:
             self.roofs = self.between()
             let_go()
