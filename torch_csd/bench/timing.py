@@ -71,8 +71,10 @@ def _put_between(waiting: list[Sample], before: dict[str, float], after: dict[st
 
 def repeated(run: Callable[[], object], sample_s: float = SAMPLE_S) -> Callable[[], Sample]:
     """A sampler that repeats short work often enough to time it; warms up now."""
-    run()
-    count = max(1, min(1000, math.ceil(sample_s / max(seconds(run), 1e-6))))
+    elapsed_s = seconds(run)
+    if elapsed_s < 10 * sample_s:  # the first call may have been slow for reasons of its own
+        elapsed_s = seconds(run)
+    count = max(1, min(1000, math.ceil(sample_s / max(elapsed_s, 1e-6))))
 
     def sample() -> Sample:
         start_s = time.perf_counter()

@@ -213,7 +213,7 @@ def decode(
 
 @app.command()
 def prefill(
-    prompt: Annotated[str | None, typer.Option(help="Tokens. Default: 8k, quick: 2k.", metavar="N")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Tokens. Default: 8k, quick: 1k.", metavar="N")] = None,
     chunk: Annotated[
         str | None, typer.Option(help="Tokens of a chunk in chunked prefill. Default: 512.", metavar="N")
     ] = None,
@@ -233,7 +233,7 @@ def prefill(
     with _user_errors():
         from torch_csd.bench.settings import parse_count, tokens_text
 
-        tokens = parse_count(prompt or ("2k" if quick else "8k"))
+        tokens = parse_count(prompt or ("1k" if quick else "8k"))
         chunk_tokens = parse_count(chunk or "512")
         settings = _settings(directory, memory_budget, threads, io_engine, kv_dtype, rounds, quick, json_to, plot)
         from torch_csd.bench import prefill as bench
