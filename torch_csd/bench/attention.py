@@ -432,15 +432,15 @@ def metadata_row(settings: Settings, report: Report, sizes: Sizes, shape: Shape)
     half = max(sizes.context // 2 // CHUNK, 1) * CHUNK
     for dtype in dict.fromkeys((base, dtypes[-1])):
         name = f"store metadata, {dtype_name(dtype)}, over its KV bytes"
+        # The same piece again and again: glibc does not always reuse the holes that large aligned blocks leave.
+        piece = torch.randn(1, shape.kv_heads, CHUNK, shape.head_dim).to(base)
         try:
             with settings.store(dtype, memory_budget=settings.memory_budget, resident=False) as store:
                 q = shape.q(base)
                 marks = []
                 for _ in range(2):
                     for _ in range(half // CHUNK):
-                        piece = torch.randn(1, shape.kv_heads, CHUNK, shape.head_dim).to(base)
                         store.append(0, piece, piece)
-                        del piece
                     store.flush()
                     store.attend(0, q)
                     marks.append((heap_bytes(), resident_set_bytes(), store.stats()["file_bytes"]))
