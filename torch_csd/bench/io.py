@@ -18,12 +18,17 @@ from torch_csd.store import KVStore
 
 REACHED = 0.95  # of the best rate that anything had in the same run
 OWN_AS_ROOF = "our reader, pread 1 MiB, 4 threads, huge pages"
+STORE_TOKENS = 65536  # at most, in each store: 256 MiB
 SHAPE = Shape()  # 256 KiB a page in bfloat16
 
 
 def run(settings: Settings, report: Report, size_bytes: int) -> None:
     """Raises ValueError if there is no room for the sizes."""
-    settings.require(drive_bytes=3 * size_bytes, memory_bytes=2 * size_bytes + 2**29)
+    # The roof's file and 20 stores at most; K and V, and a budget for each store.
+    settings.require(
+        drive_bytes=size_bytes + 20 * min(size_bytes, STORE_TOKENS * SHAPE.token_bytes(torch.bfloat16)),
+        memory_bytes=2 * size_bytes + 20 * settings.budget_bytes,
+    )
     rounds = min(settings.rounds, 2) if settings.quick else max(settings.rounds // 2, 1)
     with ExitStack() as stack:
         try:
@@ -111,7 +116,7 @@ def add_stores(
     stack: ExitStack,
 ) -> dict[str, str]:
     """KVStore.attend with nothing resident: what the executor makes of each setting. Returns notes by name."""
-    tokens = max(size_bytes // SHAPE.token_bytes(torch.bfloat16) // CHUNK, 1) * CHUNK
+    tokens = min(max(size_bytes // SHAPE.token_bytes(torch.bfloat16) // CHUNK, 1) * CHUNK, STORE_TOKENS)
     k, v = random_kv(tokens, torch.bfloat16, SHAPE)
     q = SHAPE.q(torch.bfloat16)
     notes = {}
@@ -133,7 +138,7 @@ def add_stores(
                     resident=False,
                 )
             )
-            fill(store, k[:, :, : min(tokens, 2**16)], v[:, :, : min(tokens, 2**16)])
+            fill(store, k, v)
         except StoreError as error:
             report.skip(name, error)
             continue
@@ -143,7 +148,7 @@ def add_stores(
             continue
         run_attend = functools.partial(store.attend, 0, q)
         run_attend()
-        read_bytes = min(tokens, 2**16) * SHAPE.token_bytes(torch.bfloat16)
+        read_bytes = tokens * SHAPE.token_bytes(torch.bfloat16)
         calls[name] = counted(run_attend, store.stats, max(1, size_bytes // read_bytes))
         if threads == settings.threads:
             points[name] = (engine, depth)
