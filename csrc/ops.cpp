@@ -187,6 +187,15 @@ Tensor new_tensor(const int64_t (&sizes)[kDim], ScalarType dtype) {
 
 // ---- stores ----
 
+// torch's own threads: between two ops of a model they spin, waiting for the next.
+bool lend_torch_threads(int count, void (*call)(void* context, int index), void* context) {
+  if (static_cast<uint32_t>(count) > torch::stable::get_num_threads()) return false;
+  torch::stable::parallel_for(0, count, 1, [call, context](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) call(context, static_cast<int>(index));
+  });
+  return true;
+}
+
 void close(const Tensor& drive) {
   std::shared_ptr<Drive> closing;  // its destructor waits for I/O: outside of the lock
   std::lock_guard<std::mutex> lock(registry_mutex);
@@ -207,6 +216,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   options.queue_depth = queue_depth;
   options.read_ahead_bytes = read_ahead;
   options.resident = resident;
+  options.lend_threads = &lend_torch_threads;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
   std::lock_guard<std::mutex> lock(registry_mutex);

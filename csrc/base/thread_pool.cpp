@@ -5,7 +5,8 @@
 
 namespace csd {
 
-ThreadPool::ThreadPool(int worker_count) : worker_count_(std::max(worker_count, 1)) {}
+ThreadPool::ThreadPool(int worker_count, LendThreads lend)
+    : worker_count_(std::max(worker_count, 1)), lend_(lend) {}
 
 ThreadPool::~ThreadPool() {
   {
@@ -22,6 +23,7 @@ void ThreadPool::run(int count, const std::function<void(int)>& task) {
     task(0);
     return;
   }
+  if (lend_ != nullptr && run_lent(count, task)) return;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     while (static_cast<int>(threads_.size()) < count - 1) {
@@ -46,6 +48,27 @@ void ThreadPool::run(int count, const std::function<void(int)>& task) {
   task_ = nullptr;
   if (own_error) std::rethrow_exception(own_error);
   if (error_) std::rethrow_exception(error_);
+}
+
+bool ThreadPool::run_lent(int count, const std::function<void(int)>& task) {
+  struct Run {
+    const std::function<void(int)>& task;
+    std::mutex mutex;
+    std::exception_ptr error;
+  };
+  Run run{task, {}, nullptr};
+  const auto call = [](void* context, int index) {
+    auto* run = static_cast<Run*>(context);
+    try {
+      run->task(index);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(run->mutex);
+      if (!run->error) run->error = std::current_exception();
+    }
+  };
+  if (!lend_(count, call, &run)) return false;
+  if (run.error) std::rethrow_exception(run.error);
+  return true;
 }
 
 void ThreadPool::work(int index) {

@@ -1,5 +1,8 @@
-// A fixed set of worker threads for one drive. run() uses the calling thread too, so a pool of one never
+// A fixed number of workers for one drive. run() uses the calling thread too, so a pool of one never
 // switches.
+//
+// The others may be lent by whoever has threads that wait for work already: a second set would compete with
+// them for the cores, and be slower to wake.
 #pragma once
 
 #include <condition_variable>
@@ -10,23 +13,31 @@
 
 namespace csd {
 
+// Calls call(context, 0) .. call(context, count - 1), on several threads at once where it can, and returns
+// when all are done. False, and nothing was called: it has fewer threads than that. call() does not throw.
+using LendThreads = bool (*)(int count, void (*call)(void* context, int index), void* context);
+
 class ThreadPool {
  public:
-  explicit ThreadPool(int worker_count);
+  // lend: null for threads of the pool's own only.
+  ThreadPool(int worker_count, LendThreads lend);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int worker_count() const { return worker_count_; }
 
-  // Runs task(0) .. task(count - 1), each on its own thread, and returns when all are done. count <=
-  // worker_count(). The first exception is rethrown here. One run at a time.
+  // Runs task(0) .. task(count - 1), on several threads, and returns when all are done. Lent threads may be
+  // fewer: no task may wait for another. count <= worker_count(). The first exception is rethrown here. One
+  // run at a time.
   void run(int count, const std::function<void(int)>& task);
 
  private:
+  bool run_lent(int count, const std::function<void(int)>& task);
   void work(int index);
 
   const int worker_count_;
+  const LendThreads lend_;
   std::vector<std::thread> threads_;  // started by the first run that needs them
   std::mutex mutex_;
   std::condition_variable start_;

@@ -52,7 +52,10 @@ std::string text(int64_t value) { return std::to_string(value); }
 }  // namespace
 
 Drive::Drive(const DriveOptions& options)
-    : options_(options), process_(getpid()), kernels_(select_kernels(options.simd.c_str())) {
+    : options_(options),
+      process_(getpid()),
+      kernels_(select_kernels(options.simd.c_str())),
+      pool_(static_cast<int>(options.threads), options.lend_threads) {
   if (options.memory_budget_bytes < kMemoryBudgetMin) {
     throw Error(ErrorKind::kBudget, "memory_budget must be at least 1 MiB, got " +
                                         text(options.memory_budget_bytes) + " bytes; raise it");
@@ -71,10 +74,9 @@ Drive::Drive(const DriveOptions& options)
     scratch_bytes_max_ = scratch_bytes(options.memory_budget_bytes);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
     space_ = std::make_shared<FileSpace>(file_.fd, file_.path);
-    stream_ =
-        std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, static_cast<int>(options.threads),
-                                     static_cast<int>(options.queue_depth), staging);
-    packer_ = std::make_unique<Packer>(&kernels_, &stream_->pool());
+    stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, &pool_,
+                                           static_cast<int>(options.queue_depth), staging);
+    packer_ = std::make_unique<Packer>(&kernels_, &pool_);
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
   } catch (...) {

@@ -38,7 +38,8 @@ struct DriveOptions {
   int64_t queue_depth = 32;
   // Memory for reads before they are needed; 0: none, -1: a share of the budget.
   int64_t read_ahead_bytes = -1;
-  bool resident = true;  // false: full pages always leave memory (to measure or test the drive)
+  LendThreads lend_threads = nullptr;  // see base/thread_pool.h
+  bool resident = true;                // false: full pages always leave memory (to measure or test the drive)
 };
 
 // New tokens of one layer: k [row_count, num_kv_heads, q_len, head_dim_k], v likewise, strides in elements,
@@ -139,6 +140,7 @@ class Drive {
   std::unique_ptr<Arena> arena_;
   std::shared_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;
+  ThreadPool pool_;
   std::unique_ptr<PageStream> stream_;
   std::unique_ptr<Writer> writer_;
   std::unique_ptr<Packer> packer_;

@@ -88,14 +88,14 @@ struct PageStream::Pass {
   }
 };
 
-PageStream::PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth,
+PageStream::PageStream(IoEngine* engine, int fd, std::string path, ThreadPool* pool, int queue_depth,
                        int64_t staging_bytes)
     : engine_(engine),
       fd_(fd),
       path_(std::move(path)),
       queue_depth_(queue_depth),
       staging_bytes_(staging_bytes),
-      pool_(worker_count) {
+      pool_(*pool) {
   const int64_t share = staging_bytes_ / pool_.worker_count() / 2;
   fit(std::max(kBlockBytes, std::min(kReadBytes, share) / kBlockBytes * kBlockBytes));
 }

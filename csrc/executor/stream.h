@@ -38,7 +38,7 @@ class PageStream {
  public:
   // staging_bytes: memory for reads, all workers together; page_bytes of any pass must fit twice.
   // queue_depth: reads in flight during a pass; those ahead of the next pass may fill the staging memory.
-  PageStream(IoEngine* engine, int fd, std::string path, int worker_count, int queue_depth,
+  PageStream(IoEngine* engine, int fd, std::string path, ThreadPool* pool, int queue_depth,
              int64_t staging_bytes);
   ~PageStream();
 
@@ -65,7 +65,6 @@ class PageStream {
   void release_unused();
 
   int worker_limit() const { return pool_.worker_count(); }
-  ThreadPool& pool() { return pool_; }  // for other work between passes
   const StreamCounters& counters() const { return counters_; }
 
  private:
@@ -93,7 +92,7 @@ class PageStream {
   const std::string path_;
   const int queue_depth_;
   const int64_t staging_bytes_;
-  ThreadPool pool_;
+  ThreadPool& pool_;
   uint8_t* staging_ = nullptr;  // mapped by the first pass that reads
   int64_t slot_bytes_ = 0;
   std::vector<Slot> slots_;
