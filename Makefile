@@ -57,7 +57,7 @@ test-forced: build
 bench: build
 	@mkdir -p $(BENCH_DIR)
 	@for command in io attention decode prefill; do \
-	  OMP_WAIT_POLICY=passive $(BIN)/torch-csd bench $$command --directory $(BENCH_DIR) $(BENCH_ARGS) || exit 1; echo; \
+	  $(BIN)/torch-csd bench $$command --directory $(BENCH_DIR) $(BENCH_ARGS) || exit 1; echo; \
 	done
 
 build: $(VENV)/.built

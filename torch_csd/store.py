@@ -109,7 +109,8 @@ class KVStore:
         read_ahead: memory for what is read before it is needed, while the caller computes: attention that goes over
             the layers in the same order again and again finds its next pages there. Part of ``memory_budget``.
             ``None``: up to 256 MiB, at most 3/8 of the budget; ``0``: nothing is read ahead.
-        simd: ``"serial"``, ``"avx2"``, ``"avx512"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest there is.
+        simd: ``"serial"``, ``"avx2"``, ``"avx512"``, ``"avx512vnni"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest
+            there is.
         resident: ``False`` sends every full page to the drive even if there is room in memory (cold benchmarks).
 
     Raises:

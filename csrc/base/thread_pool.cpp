@@ -17,13 +17,17 @@ ThreadPool::~ThreadPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
+void ThreadPool::compute(int count, const std::function<void(int)>& task) {
+  count = std::min(count, worker_count_);
+  if (count <= 1 || lend_ == nullptr || !run_lent(count, task)) run(count, task);
+}
+
 void ThreadPool::run(int count, const std::function<void(int)>& task) {
   count = std::min(count, worker_count_);
   if (count <= 1) {
     task(0);
     return;
   }
-  if (lend_ != nullptr && run_lent(count, task)) return;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     while (static_cast<int>(threads_.size()) < count - 1) {

@@ -35,7 +35,7 @@ void Packer::pack_all() {
   const int worker_count = std::clamp(workers, 1, pool_.worker_count());
   while (static_cast<int>(scratch_.size()) < worker_count) scratch_.emplace_back();
   std::atomic<int64_t> next{0};
-  pool_.run(worker_count, [&](int worker) {
+  pool_.compute(worker_count, [&](int worker) {
     auto* memory = static_cast<float*>(scratch_[static_cast<size_t>(worker)].reserve(
         kPageTokens * kHeadDimMax * static_cast<int64_t>(sizeof(float))));
     for (int64_t i = next++; i < count; i = next++) pack(jobs_[static_cast<size_t>(i)], memory);

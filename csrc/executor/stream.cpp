@@ -345,7 +345,7 @@ void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int
                                                               kPagesPerClaim, kPagesPerClaimMax);
   pass.consumer = consumer;
   if (!pass.reads()) {
-    pool_.run(worker_count, [&](int number) { this->work(number, &pass); });
+    pool_.compute(worker_count, [&](int number) { this->work(number, &pass); });
   } else {
     begin(&pass);
     try {
