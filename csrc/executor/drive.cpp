@@ -73,7 +73,7 @@ Drive::Drive(const DriveOptions& options)
     engine_ = make_io_engine(file_.engine, static_cast<int>(std::max<int64_t>(4, options.threads)));
     scratch_bytes_max_ = scratch_bytes(options.memory_budget_bytes);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
-    space_ = std::make_shared<FileSpace>(file_.fd, file_.path);
+    space_ = std::make_shared<FileSpace>(file_.fd, file_.path, &table_memory_);
     stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, &pool_,
                                            static_cast<int>(options.queue_depth), staging);
     packer_ = std::make_unique<Packer>(&kernels_, &pool_);
@@ -144,8 +144,7 @@ void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   Layer copy = find(source_id);
-  for (Row& row : copy.rows)
-    row.stream = std::make_shared<ExtentStream>(space_, copy.geometry.stored().page_bytes());
+  for (Row& row : copy.rows) row.stream = new_stream(copy.geometry);
   layers_[layer_id] = std::move(copy);
   ahead_.forget(layer_id);
   stream_->release_unused();
@@ -180,10 +179,11 @@ Geometry Drive::geometry(int64_t layer_id) {
 
 // ---- changing what is stored ----
 
-Row Drive::new_row(const Geometry& geometry) {
-  Row row;
-  row.stream = std::make_shared<ExtentStream>(space_, geometry.stored().page_bytes());
-  return row;
+Row Drive::new_row(const Geometry& geometry) { return {&table_memory_, new_stream(geometry)}; }
+
+std::shared_ptr<ExtentStream> Drive::new_stream(const Geometry& geometry) {
+  return std::allocate_shared<ExtentStream>(PoolAllocator<ExtentStream>(&table_memory_), space_,
+                                            geometry.stored().page_bytes());
 }
 
 LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
@@ -274,7 +274,7 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
 }
 
 std::shared_ptr<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
-  auto page = std::make_shared<Page>(arena_.get(), layout);
+  auto page = std::allocate_shared<Page>(PoolAllocator<Page>(&table_memory_), arena_.get(), layout);
   page->memory = page_memory(page->page_bytes);
   page->stream = row.stream;
   return page;
@@ -553,7 +553,7 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
       rows.push_back(std::move(old));  // the last user of a row takes it over, with the extent it fills
     } else {
       rows.push_back(old);
-      rows.back().stream = std::make_shared<ExtentStream>(space_, layer.geometry.stored().page_bytes());
+      rows.back().stream = new_stream(layer.geometry);
     }
   }
   layer.rows = std::move(rows);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/fair_mutex.h"
+#include "base/memory_pool.h"
 #include "executor/ahead.h"
 #include "executor/attend.h"
 #include "executor/packer.h"
@@ -104,6 +105,7 @@ class Drive {
   static LayerInfo info_of(const Layer& layer);
   void check_process() const;
   Row new_row(const Geometry& geometry);
+  std::shared_ptr<ExtentStream> new_stream(const Geometry& geometry);
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
                   std::vector<ReplacedPage>* replaced);
   std::shared_ptr<Page> new_page(const Row& row, const PageLayout& layout);
@@ -132,6 +134,7 @@ class Drive {
   };
   void add_candidate(const std::shared_ptr<Page>& page);
 
+  MemoryPool table_memory_;  // of pages and extents: outlives all of them
   const DriveOptions options_;
   const pid_t process_;
   const Kernels& kernels_;

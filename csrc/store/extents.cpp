@@ -81,6 +81,10 @@ void FileSpace::reserve(int64_t end) {
                  error);
 }
 
+std::shared_ptr<Extent> ExtentStream::new_extent(int64_t page_bytes, int64_t page_count) {
+  return std::allocate_shared<Extent>(PoolAllocator<Extent>(space_->pool()), space_, page_bytes, page_count);
+}
+
 std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
   if (current_ == nullptr || current_->full()) {
     // As much as is known to come; else as much again as the row has, so that many short rows take little
@@ -90,10 +94,10 @@ std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
     const int64_t page_count = std::max<int64_t>({1, grown, expected});
     current_.reset();  // before allocating, so that an extent nobody else uses can be reused
     try {
-      current_ = std::make_shared<Extent>(space_, page_bytes_, page_count);
+      current_ = new_extent(page_bytes_, page_count);
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kNoSpace || page_count == 1) throw;
-      current_ = std::make_shared<Extent>(space_, page_bytes_, 1);  // the last of the drive goes page by page
+      current_ = new_extent(page_bytes_, 1);  // the last of the drive goes page by page
     }
   }
   expected_pages_ = std::max<int64_t>(0, expected_pages_ - 1);
@@ -102,7 +106,7 @@ std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
 }
 
 std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take_alone(int64_t page_bytes) {
-  auto extent = std::make_shared<Extent>(space_, page_bytes, 1);
+  auto extent = new_extent(page_bytes, 1);
   return {extent->take(), extent};
 }
 

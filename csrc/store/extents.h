@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 
+#include "base/memory_pool.h"
 #include "base/types.h"
 
 namespace csd {
@@ -15,7 +17,11 @@ constexpr int64_t kDataOffset = int64_t{1} << 20;
 
 class FileSpace {
  public:
-  FileSpace(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
+  // pool: for what is known about the space; outlives it.
+  FileSpace(int fd, std::string path, MemoryPool* pool)
+      : fd_(fd), path_(std::move(path)), pool_(pool), free_(PoolAllocator<FreeSpan>(pool)) {}
+
+  MemoryPool* pool() const { return pool_; }
 
   // First fit among what was freed, else at the end of the file, which grows by fallocate so that a full
   // drive is known before a page is lost. Throws kNoSpace.
@@ -27,11 +33,14 @@ class FileSpace {
  private:
   void reserve(int64_t end);
 
+  using FreeSpan = std::pair<const int64_t, int64_t>;  // offset, bytes
+
   const int fd_;
   const std::string path_;
-  int64_t end_ = kDataOffset;        // allocated or freed up to here
-  int64_t reserved_ = kDataOffset;   // file size
-  std::map<int64_t, int64_t> free_;  // offset -> bytes, coalesced
+  MemoryPool* const pool_;
+  int64_t end_ = kDataOffset;       // allocated or freed up to here
+  int64_t reserved_ = kDataOffset;  // file size
+  std::map<int64_t, int64_t, std::less<int64_t>, PoolAllocator<FreeSpan>> free_;  // coalesced
 };
 
 // A run of adjacent pages. Pages and the row that fills it share it; the last to let go gives the space back.
@@ -78,6 +87,8 @@ class ExtentStream {
   std::pair<int64_t, std::shared_ptr<Extent>> take_alone(int64_t page_bytes);
 
  private:
+  std::shared_ptr<Extent> new_extent(int64_t page_bytes, int64_t page_count);
+
   std::shared_ptr<FileSpace> space_;
   const int64_t page_bytes_;
   int64_t expected_pages_ = 0;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/memory_pool.h"
 #include "base/types.h"
 #include "store/arena.h"
 #include "store/extents.h"
@@ -42,10 +43,15 @@ struct Page {
   std::shared_ptr<Extent> extent;        // keeps file_offset ours
 };
 
+// Page i holds tokens [i * kPageTokens, + kPageTokens), from a row's first page on.
+using PageTable = std::deque<std::shared_ptr<Page>, PoolAllocator<std::shared_ptr<Page>>>;
+
 // One sequence of the batch. Positions are absolute: dropping old tokens does not renumber the rest.
 struct Row {
-  std::deque<std::shared_ptr<Page>>
-      pages;  // pages[i] holds tokens [(first_page + i) * kPageTokens, + kPageTokens)
+  Row(MemoryPool* pool, std::shared_ptr<ExtentStream> stream)
+      : pages(PoolAllocator<std::shared_ptr<Page>>(pool)), stream(std::move(stream)) {}
+
+  PageTable pages;
   int64_t first_page = 0;
   int64_t length = 0;  // tokens appended and not truncated
   std::shared_ptr<ExtentStream> stream;
