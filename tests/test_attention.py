@@ -162,7 +162,11 @@ def test_values_at_the_edge_of_float32_behave_as_in_torch(make_store, simd):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=masked)
     torch.testing.assert_close(store.attend(0, q, mask=masked)[0], expected, atol=2e-5, rtol=0)
     large = 60 * q
-    assert_equal(store.attend(0, large), reference.attention(large, k, v))
+    expected, expected_lse = reference.attention(large, k, v)
+    out, lse = store.attend(0, large)
+    # Scores of several hundred: fp32 has them to 2**-16, and p = exp(score) is off by as much relatively.
+    torch.testing.assert_close(out.double(), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-4, rtol=2e-6)
 
 
 def test_where_the_pages_are_does_not_change_attention(make_store, simd, io_engine):
