@@ -223,7 +223,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
     settle_writes();
     appended_tokens_ += token_total;
   } catch (...) {
-    packer_->cancel([this](const Packer::Job& job) { add_candidate(job.page); });
+    packer_->cancel([this](const Packer::Job& job) { list_again(job); });
     // Slots that were written behind a row's length hold nothing; pages are taken off, or put back.
     for (size_t i = 0; i < layer.rows.size(); ++i) {
       Row& row = layer.rows[i];
@@ -354,13 +354,18 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
 
 // Fills the pages that are queued. From then on they may leave memory.
 void Drive::finish_packing() {
-  packer_->run([this](const Packer::Job& job) {
-    if (job.completes) {
-      seal(job.page);
-    } else {
-      add_candidate(job.page);
-    }
-  });
+  packer_->run(
+      [this](const Packer::Job& job) {
+        if (job.completes) seal(job.page);
+        list_again(job);
+      },
+      [this](const Packer::Job& job) { list_again(job); });
+}
+
+// The pages of a job were pinned, and may have lost their places among the candidates.
+void Drive::list_again(const Packer::Job& job) {
+  add_candidate(job.page);
+  if (job.source != nullptr) add_candidate(job.source);
 }
 
 // An append that had to make room is seldom the last: starts writing as much as it brought, so that the next
@@ -547,6 +552,7 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   std::vector<int64_t> uses_left(layer.rows.size(), 0);
   for (const int64_t source : index) uses_left[static_cast<size_t>(source)]++;
   std::vector<Row> rows;
+  rows.reserve(index.size());  // growing would copy page tables
   for (const int64_t source : index) {
     Row& old = layer.rows[static_cast<size_t>(source)];
     if (--uses_left[static_cast<size_t>(source)] == 0) {

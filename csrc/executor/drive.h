@@ -114,6 +114,7 @@ class Drive {
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
                       std::vector<ReplacedPage>* replaced);
   void finish_packing();
+  void list_again(const Packer::Job& job);
   void write_behind(int64_t appended_bytes);
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one();

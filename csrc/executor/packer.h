@@ -40,16 +40,17 @@ class Packer {
 
   // Queued until run(); until then its pages are pinned. Into a quantised page go whole pages of tokens only.
   void add(Job job);
-  // Does what is queued, and hands each job to `done`, in order. Nothing else runs on the pool meanwhile.
-  template <typename Done>
-  void run(const Done& done) {
+  // Does what is queued, and hands each job to `done`, in order; if that throws, those that are left to
+  // `undone`. Nothing else runs on the pool meanwhile.
+  template <typename Done, typename Undone>
+  void run(const Done& done, const Undone& undone) {
     pack_all();
-    finish(done);
+    finish(done, undone);
   }
   // Forgets what is queued, and hands it to `undone`.
   template <typename Undone>
   void cancel(const Undone& undone) {
-    finish(undone);
+    finish(undone, undone);
   }
 
   int64_t queued_bytes() const { return queued_bytes_; }
@@ -60,16 +61,24 @@ class Packer {
                const PageLayout& layout);
 
  private:
-  template <typename Each>
-  void finish(const Each& each) {
+  template <typename Each, typename Rest>
+  void finish(const Each& each, const Rest& rest) {
     for (Job& job : jobs_) {
       job.page->pinned = false;
       if (job.source != nullptr) job.source->pinned = false;
     }
     queued_bytes_ = 0;
     done_.clear();
-    std::swap(done_, jobs_);  // `each` may throw, and is then not called for the rest
-    for (Job& job : done_) each(job);
+    std::swap(done_, jobs_);  // `each` may queue anew
+    for (size_t i = 0; i < done_.size(); ++i) {
+      try {
+        each(done_[i]);
+      } catch (...) {
+        for (; i < done_.size(); ++i) rest(done_[i]);
+        done_.clear();
+        throw;
+      }
+    }
     done_.clear();
   }
   void pack_all();
