@@ -633,3 +633,18 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+def test_what_is_kept_about_pages_is_a_thousandth_of_them(make_store):
+    store = make_store(resident=False, memory_budget="64MiB")
+    k, v = random_kv(1, 8, 64 * 128, 128, dtype=torch.bfloat16)
+    store.append(0, k, v)
+    store.flush()
+    before = store.stats()
+    store.append(0, k, v)
+    store.flush()
+    after = store.stats()
+    assert 0 < after["metadata_bytes"] - before["metadata_bytes"] <= 1e-3 * 2 * k.nbytes
+    assert after["stored_bytes"] - before["stored_bytes"] == 2 * k.nbytes
+    store.free()
+    assert store.stats()["metadata_bytes"] < after["metadata_bytes"] / 2

@@ -413,8 +413,8 @@ class KVStore:
     def stats(self) -> dict[str, int | float | str | bool]:
         """What the drive did: which engine and why, bytes by path, time waiting for I/O against computing.
 
-        ``*_bytes`` and ``*_s`` count from the opening of the drive and include all forks. ``io_wait_s`` and
-        ``compute_s`` are summed over workers.
+        Bytes that were moved and ``*_s`` count from the opening of the drive and include all forks. ``io_wait_s`` and
+        ``compute_s`` are summed over workers. ``metadata_bytes`` is what page tables take, besides ``memory_budget``.
         """
         self._check_open()
         return ops.stats(self._drive.handle)

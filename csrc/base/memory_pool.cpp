@@ -22,11 +22,16 @@ MemoryPool::~MemoryPool() {
 }
 
 void* MemoryPool::allocate(size_t bytes) {
-  if (bytes > kSmallBytes) return map(bytes);
-  const size_t steps = (bytes + kStep - 1) / kStep;
   std::lock_guard<std::mutex> lock(mutex_);
+  const size_t steps = (bytes + kStep - 1) / kStep;
+  if (bytes > kSmallBytes) {
+    void* memory = map(bytes);
+    bytes_ += static_cast<int64_t>(steps * kStep);
+    return memory;
+  }
   if (Free* free = free_[steps]) {
     free_[steps] = free->next;
+    bytes_ += static_cast<int64_t>(steps * kStep);
     return free;
   }
   if (static_cast<size_t>(end_ - next_) < steps * kStep) {
@@ -37,18 +42,26 @@ void* MemoryPool::allocate(size_t bytes) {
   }
   void* memory = next_;
   next_ += steps * kStep;
+  bytes_ += static_cast<int64_t>(steps * kStep);
   return memory;
 }
 
 void MemoryPool::release(void* memory, size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const size_t steps = (bytes + kStep - 1) / kStep;
+  bytes_ -= static_cast<int64_t>(steps * kStep);
   if (bytes > kSmallBytes) {
     munmap(memory, bytes);
     return;
   }
-  std::lock_guard<std::mutex> lock(mutex_);
   auto* free = static_cast<Free*>(memory);
-  free->next = free_[(bytes + kStep - 1) / kStep];
-  free_[(bytes + kStep - 1) / kStep] = free;
+  free->next = free_[steps];
+  free_[steps] = free;
+}
+
+int64_t MemoryPool::bytes() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return bytes_;
 }
 
 }  // namespace csd

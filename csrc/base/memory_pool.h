@@ -21,6 +21,7 @@ class MemoryPool {
   // 16-byte aligned. Throws std::bad_alloc.
   void* allocate(size_t bytes);
   void release(void* memory, size_t bytes);
+  int64_t bytes();  // handed out
 
  private:
   static constexpr size_t kStep = 16;
@@ -30,6 +31,7 @@ class MemoryPool {
   };
 
   std::mutex mutex_;
+  int64_t bytes_ = 0;
   Free* free_[kSmallBytes / kStep + 1] = {};  // by size in steps
   std::vector<void*> regions_;
   char* next_ = nullptr;  // of the last region

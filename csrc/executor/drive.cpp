@@ -706,6 +706,9 @@ std::string Drive::stats_json() {
   json += number("memory_budget_bytes", options_.memory_budget_bytes);
   json += number("memory_used_bytes",
                  arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
+  const size_t listed = sealed_.pages.capacity() + tails_.pages.capacity();
+  json += number("metadata_bytes",
+                 table_memory_.bytes() + static_cast<int64_t>(listed * sizeof(std::weak_ptr<Page>)));
   json += number("drive_read_bytes", counters.drive_read_bytes);
   json += number("read_ahead_bytes", counters.read_ahead_bytes);
   json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);

@@ -426,13 +426,13 @@ def chunk_rows(settings: Settings, report: Report, sizes: Sizes, shape: Shape) -
 
 
 def metadata_row(settings: Settings, report: Report, sizes: Sizes, shape: Shape) -> None:
-    """Growth of the heap over the second half of a cache of which nothing is resident, over the bytes added."""
+    """Growth of page tables and heap over the second half of a cache of which nothing is resident, over its bytes."""
     base = settings.base
     dtypes = [dtype for dtype in settings.stored if dtype in CODES] or [base]
     half = max(sizes.context // 2 // CHUNK, 1) * CHUNK
     for dtype in dict.fromkeys((base, dtypes[-1])):
         name = f"store metadata, {dtype_name(dtype)}, over its KV bytes"
-        # The same piece again and again: glibc does not always reuse the holes that large aligned blocks leave.
+        # The same piece again and again, so that the heap's count is not that of tensors.
         piece = torch.randn(1, shape.kv_heads, CHUNK, shape.head_dim).to(base)
         try:
             with settings.store(dtype, memory_budget=settings.memory_budget, resident=False) as store:
@@ -443,14 +443,18 @@ def metadata_row(settings: Settings, report: Report, sizes: Sizes, shape: Shape)
                         store.append(0, piece, piece)
                     store.flush()
                     store.attend(0, q)
-                    marks.append((heap_bytes(), resident_set_bytes(), store.stats()["file_bytes"]))
+                    stats = store.stats()
+                    marks.append((heap_bytes(), resident_set_bytes(), stats["file_bytes"], stats["metadata_bytes"]))
         except (StoreError, NotImplementedError, RuntimeError) as error:
             report.skip(name, error)
             continue
-        heap, resident, kv = (None if before is None else after - before for before, after in zip(*marks, strict=True))
-        growth = resident if heap is None else heap
+        heap, resident, kv, tables = (
+            None if before is None else after - before for before, after in zip(*marks, strict=True)
+        )
+        growth = resident if heap is None else tables + heap
         share = max(growth, 0) / max(kv, 1)
-        how = "resident set" if heap is None else f"malloc's count; resident set {resident / 2**20:+.2f} MiB"
+        sources = f"page tables, and what malloc gave out; resident set {resident / 2**20:+.2f} MiB"
+        how = "resident set" if heap is None else sources
         dense = half * shape.token_bytes(base)
         note = f"{growth / 1024:.0f} KiB for {kv / 2**20:.0f} MiB of pages ({how})"
         if dtype == base and sizes.context >= BAR_CONTEXT:
