@@ -294,13 +294,7 @@ const std::shared_ptr<Page>& Drive::writable_tail(const Geometry& geometry, Row*
   if (exists) {  // shared, already on the drive, or quantised (after a crop): continue on a copy
     const Page& old = *row->pages.back();
     if (old.quantised) {
-      const uint8_t* image = old.memory;
-      if (image == nullptr) {
-        auto* memory = static_cast<uint8_t*>(page_image_.reserve(old.page_bytes));
-        read_page(old, memory);
-        image = memory;
-      }
-      packer_->convert(image, geometry.stored(), page->memory, geometry.full_precision());
+      packer_->convert(page_image(old), geometry.stored(), page->memory, geometry.full_precision());
     } else if (old.memory != nullptr) {
       std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes));
     } else {
@@ -334,13 +328,7 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
         if (place->evictable()) {
           packer_->add({page, stored, true, {}, place, full_precision});
         } else {  // on the drive, or on its way there: its memory may go before the packer comes to it
-          const uint8_t* image = place->memory;
-          if (image == nullptr) {
-            auto* memory = static_cast<uint8_t*>(page_image_.reserve(place->page_bytes));
-            read_page(*place, memory);
-            image = memory;
-          }
-          packer_->convert(image, full_precision, page->memory, stored);
+          packer_->convert(page_image(*place), full_precision, page->memory, stored);
           seal(page);
         }
       }
@@ -466,6 +454,14 @@ void Drive::settle_writes() {
     pages.insert(pages.begin(), page);
   }
   writer_->throw_error();
+}
+
+// A page's bytes, until the next call: where they are in memory, else read.
+const uint8_t* Drive::page_image(const Page& page) {
+  if (page.memory != nullptr) return page.memory;
+  auto* memory = static_cast<uint8_t*>(page_image_.reserve(page.page_bytes));
+  read_page(page, memory);
+  return memory;
 }
 
 void Drive::read_page(const Page& page, uint8_t* memory) {

@@ -119,6 +119,7 @@ class Drive {
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one();
   void seal(const std::shared_ptr<Page>& page);
+  const uint8_t* page_image(const Page& page);
   void read_page(const Page& page, uint8_t* memory);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;

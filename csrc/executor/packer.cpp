@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "executor/tile.h"
 
 namespace csd {
 namespace {
@@ -12,12 +13,24 @@ namespace {
 // Packing less than this is over before another thread wakes.
 constexpr int64_t kWakeBytes = int64_t{512} << 10;
 
-uint16_t* k_params(uint8_t* tile, const PageLayout& layout) {
-  return reinterpret_cast<uint16_t*>(tile + layout.params_offset());
-}
+// One kv head's K and V of a page in fp32.
+constexpr int64_t kScratchBytes = 2 * kPageTokens * kHeadDimMax * static_cast<int64_t>(sizeof(float));
 
-const uint16_t* k_params(const uint8_t* tile, const PageLayout& layout) {
-  return reinterpret_cast<const uint16_t*>(tile + layout.params_offset());
+// One kv head's tokens, k_stride and v_stride elements apart, into its tile. A quantised one takes all of
+// them.
+void pack_tile(const Kernels& kernels, const PageLayout& layout, DType dtype, const void* k, int64_t k_stride,
+               const void* v, int64_t v_stride, int64_t slot, int64_t count, uint8_t* tile) {
+  uint8_t* v_tile = tile + layout.k_bytes();
+  if (layout.code_bits == 0) {
+    kernels.pack_k(dtype, k, k_stride, layout.dtype, layout.head_dim_k, slot, count, tile);
+    kernels.pack_v(dtype, v, v_stride, layout.dtype, layout.head_dim_v, slot, count, v_tile);
+    return;
+  }
+  CSD_CHECK(slot == 0 && count == kPageTokens, "a quantised page takes a whole page of tokens");
+  auto* params = reinterpret_cast<uint16_t*>(tile + layout.params_offset());
+  kernels.quantise_k(layout.code_bits, dtype, k, k_stride, layout.head_dim_k, tile, params);
+  kernels.quantise_v(layout.code_bits, dtype, v, v_stride, layout.head_dim_v, v_tile,
+                     params + 2 * layout.head_dim_k);
 }
 
 }  // namespace
@@ -36,8 +49,7 @@ void Packer::pack_all() {
   while (static_cast<int>(scratch_.size()) < worker_count) scratch_.emplace_back();
   std::atomic<int64_t> next{0};
   pool_.compute(worker_count, [&](int worker) {
-    auto* memory = static_cast<float*>(scratch_[static_cast<size_t>(worker)].reserve(
-        kPageTokens * kHeadDimMax * static_cast<int64_t>(sizeof(float))));
+    auto* memory = static_cast<float*>(scratch_[static_cast<size_t>(worker)].reserve(kScratchBytes));
     for (int64_t i = next++; i < count; i = next++) pack(jobs_[static_cast<size_t>(i)], memory);
   });
 }
@@ -51,76 +63,33 @@ void Packer::pack(const Job& job, float* scratch) const {
 }
 
 void Packer::pack_tokens(const Job& job) const {
-  const PageLayout& layout = job.layout;
   const NewTokens& tokens = job.tokens;
   const int64_t bytes = element_bytes(tokens.dtype);
-  CSD_CHECK(layout.code_bits == 0 || tokens.count == kPageTokens,
-            "a quantised page takes a whole page of tokens");
-  for (int64_t h = 0; h < layout.num_kv_heads; ++h) {
-    const uint8_t* k = tokens.k + h * tokens.k_strides[0] * bytes;
-    const uint8_t* v = tokens.v + h * tokens.v_strides[0] * bytes;
-    uint8_t* k_tile = job.page->memory + h * layout.tile_bytes();
-    uint8_t* v_tile = k_tile + layout.k_bytes();
-    if (layout.code_bits != 0) {
-      uint16_t* params = k_params(k_tile, layout);
-      kernels_.quantise_k(layout.code_bits, tokens.dtype, k, tokens.k_strides[1], layout.head_dim_k, k_tile,
-                          params);
-      kernels_.quantise_v(layout.code_bits, tokens.dtype, v, tokens.v_strides[1], layout.head_dim_v, v_tile,
-                          params + 2 * layout.head_dim_k);
-    } else {
-      kernels_.pack_k(tokens.dtype, k, tokens.k_strides[1], layout.dtype, layout.head_dim_k, tokens.slot,
-                      tokens.count, k_tile);
-      kernels_.pack_v(tokens.dtype, v, tokens.v_strides[1], layout.dtype, layout.head_dim_v, tokens.slot,
-                      tokens.count, v_tile);
-    }
+  for (int64_t h = 0; h < job.layout.num_kv_heads; ++h) {
+    pack_tile(kernels_, job.layout, tokens.dtype, tokens.k + h * tokens.k_strides[0] * bytes,
+              tokens.k_strides[1], tokens.v + h * tokens.v_strides[0] * bytes, tokens.v_strides[1],
+              tokens.slot, tokens.count, job.page->memory + h * job.layout.tile_bytes());
   }
 }
 
 void Packer::convert(const uint8_t* source, const PageLayout& source_layout, uint8_t* target,
                      const PageLayout& layout) {
   if (scratch_.empty()) scratch_.emplace_back();
-  auto* memory = static_cast<float*>(
-      scratch_[0].reserve(kPageTokens * kHeadDimMax * static_cast<int64_t>(sizeof(float))));
+  auto* memory = static_cast<float*>(scratch_[0].reserve(kScratchBytes));
   convert_page(source, source_layout, target, layout, memory);
 }
 
-// By way of one kv head's dense K or V in fp32, which holds every stored value exactly.
+// By way of one kv head's dense K and V in fp32, which holds every stored value exactly.
 void Packer::convert_page(const uint8_t* source, const PageLayout& source_layout, uint8_t* target,
                           const PageLayout& layout, float* scratch) const {
-  const int64_t k_width = layout.head_dim_k;
-  const int64_t v_width = layout.head_dim_v;
+  float* k = scratch;
+  float* v = scratch + kPageTokens * kHeadDimMax;
   for (int64_t h = 0; h < layout.num_kv_heads; ++h) {
-    const uint8_t* from = source + h * source_layout.tile_bytes();
-    uint8_t* to = target + h * layout.tile_bytes();
-    if (source_layout.code_bits != 0) {
-      kernels_.dequantise_k(source_layout.code_bits, from, k_params(from, source_layout), k_width, 0,
-                            kPageTokens, DType::kFloat32, k_width, scratch);
-    } else {
-      kernels_.unpack_k(source_layout.dtype, from, k_width, 0, kPageTokens, DType::kFloat32, k_width,
-                        scratch);
-    }
-    if (layout.code_bits != 0) {
-      kernels_.quantise_k(layout.code_bits, DType::kFloat32, scratch, k_width, k_width, to,
-                          k_params(to, layout));
-    } else {
-      kernels_.pack_k(DType::kFloat32, scratch, k_width, layout.dtype, k_width, 0, kPageTokens, to);
-    }
-    const uint8_t* from_v = from + source_layout.k_bytes();
-    uint8_t* to_v = to + layout.k_bytes();
-    if (source_layout.code_bits != 0) {
-      const uint16_t* params = k_params(from, source_layout) + 2 * k_width;
-      kernels_.dequantise_v(source_layout.code_bits, from_v, params, v_width, 0, kPageTokens, DType::kFloat32,
-                            v_width, scratch);
-    } else {
-      kernels_.unpack_v(source_layout.dtype, from_v, v_width, 0, kPageTokens, DType::kFloat32, v_width,
-                        scratch);
-    }
-    if (layout.code_bits != 0) {
-      kernels_.quantise_v(layout.code_bits, DType::kFloat32, scratch, v_width, v_width, to_v,
-                          k_params(to, layout) + 2 * k_width);
-    } else {
-      kernels_.pack_v(DType::kFloat32, scratch, v_width, layout.dtype, v_width, 0, kPageTokens, to_v);
-    }
+    const Tile from(kernels_, source_layout, source, h);
+    from.unpack_k(0, kPageTokens, DType::kFloat32, k);
+    from.unpack_v(0, kPageTokens, DType::kFloat32, v);
+    pack_tile(kernels_, layout, DType::kFloat32, k, layout.head_dim_k, v, layout.head_dim_v, 0, kPageTokens,
+              target + h * layout.tile_bytes());
   }
 }
 

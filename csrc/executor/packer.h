@@ -92,7 +92,7 @@ class Packer {
   std::vector<Job> jobs_;
   std::vector<Job> done_;  // kept for its memory
   int64_t queued_bytes_ = 0;
-  std::deque<AlignedBuffer> scratch_;  // by worker: one kv head's K or V of a page, fp32
+  std::deque<AlignedBuffer> scratch_;  // by worker
 };
 
 }  // namespace csd

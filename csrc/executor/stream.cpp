@@ -9,7 +9,8 @@
 namespace csd {
 namespace {
 
-constexpr int64_t kReadBytes = int64_t{1} << 20;  // where this class of drives reaches its rate, see bench_io
+constexpr int64_t kReadBytes = int64_t{1}
+                               << 20;  // where this class of drives reaches its rate, see torch-csd bench io
 constexpr int64_t kWakeBytes = int64_t{512}
                                << 10;  // arithmetic on less than this is over before a thread wakes
 constexpr int64_t kDepthMax = 1024;    // of one worker's queue
