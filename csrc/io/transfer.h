@@ -56,7 +56,8 @@ class Transfer {
   Step advance(int64_t result) {
     if (result < 0) {
       const int errno_value = static_cast<int>(-result);
-      // ECANCELED: io_uring drops what a thread left in the kernel's work queue when that thread exits.
+      // ECANCELED: io_uring drops what a thread left in the kernel's work queue when that thread exits, and
+      // what was taken back from there.
       const bool passing = errno_value == EINTR || errno_value == EAGAIN || errno_value == ECANCELED;
       if (passing && ++retry_count_ <= kRetryLimit) return Step::kRetry;
       error_ = errno_value;

@@ -23,6 +23,15 @@ namespace {
 // requests do not notice.
 constexpr unsigned kSetupFlags = 0;
 
+// With nothing completed for so long, what the kernel has not begun is taken back and asked for again: Linux
+// 6.18 was seen to keep a write in its work queue with no thread left to take it, for good. (Since then the
+// threads exit when a task has closed its last ring, see liburing's pull request 1529.) A drive that is only
+// slow loses nothing by it.
+constexpr __kernel_timespec kPatience{1, 0};
+
+// user_data of a request to take others back; theirs are slots.
+constexpr uint64_t kNoSlot = uint64_t{1} << 32;
+
 // One READ_FIXED moves at most this; the rest follows as after a short transfer.
 constexpr size_t kFixedBytesMax = size_t{1} << 30;
 
@@ -69,12 +78,14 @@ class UringQueue : public IoQueue {
 
   ~UringQueue() override {
     while (held_by_kernel() > 0) {
-      io_uring_cqe* cqe = nullptr;
-      const int result = io_uring_wait_cqe(&ring_, &cqe);
+      const int result = wait_for_one();
       if (result < 0 && !passing(-result)) break;
-      if (result < 0) continue;
-      free_slots_.push_back(static_cast<int>(io_uring_cqe_get_data64(cqe)));
-      io_uring_cqe_seen(&ring_, cqe);
+      io_uring_cqe* cqe = nullptr;
+      while (io_uring_peek_cqe(&ring_, &cqe) == 0) {
+        const uint64_t tag = io_uring_cqe_get_data64(cqe);
+        if (tag != kNoSlot) free_slots_.push_back(static_cast<int>(tag));
+        io_uring_cqe_seen(&ring_, cqe);
+      }
     }
     // Closing a ring leaves this to a kernel thread: the file's space and the locked memory would come back
     // late.
@@ -105,8 +116,7 @@ class UringQueue : public IoQueue {
         Transfer::nap();
         continue;
       }
-      io_uring_cqe* cqe = nullptr;
-      const int result = io_uring_wait_cqe(&ring_, &cqe);
+      const int result = wait_for_one();
       if (result < 0 && !passing(-result)) throw io_error("io_uring", "waiting for a completion", -result);
       collect(completions);
     }
@@ -169,11 +179,41 @@ class UringQueue : public IoQueue {
     }
   }
 
+  // Returns when there may be a completion, or a negative errno value.
+  int wait_for_one() {
+    io_uring_cqe* cqe = nullptr;
+    if ((ring_.features & IORING_FEAT_EXT_ARG) == 0) return io_uring_wait_cqe(&ring_, &cqe);  // before 5.11
+    __kernel_timespec patience = kPatience;
+    const int result = io_uring_wait_cqe_timeout(&ring_, &cqe, &patience);
+    if (result != -ETIME) return result;
+    take_back_unbegun();
+    return 0;
+  }
+
+  // Each comes back as ECANCELED, after which a transfer tries again; what has begun goes on.
+  void take_back_unbegun() {
+    if (io_uring_sq_ready(&ring_) > 0) return;  // the kernel takes none at the moment: there may be no room
+    std::vector<uint8_t> is_free(transfers_.size(), 0);
+    for (const int slot : free_slots_) is_free[static_cast<size_t>(slot)] = 1;
+    for (size_t slot = 0; slot < transfers_.size(); slot++) {
+      if (is_free[slot] != 0) continue;
+      io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+      // io_uring_prep_cancel() takes its argument as a pointer or as a number, depending on the version.
+      io_uring_prep_rw(IORING_OP_ASYNC_CANCEL, sqe, -1, reinterpret_cast<const void*>(slot), 0, 0);
+      io_uring_sqe_set_data64(sqe, kNoSlot);
+    }
+    push();
+  }
+
   // Takes all completions that are there; what is not finished goes back to the kernel.
   void collect(std::vector<IoCompletion>* completions) {
     bool wants_nap = false;
     io_uring_cqe* cqe = nullptr;
     while (io_uring_peek_cqe(&ring_, &cqe) == 0) {
+      if (io_uring_cqe_get_data64(cqe) == kNoSlot) {
+        io_uring_cqe_seen(&ring_, cqe);
+        continue;
+      }
       const int slot = static_cast<int>(io_uring_cqe_get_data64(cqe));
       Transfer& transfer = transfers_[slot];
       const Transfer::Step step = transfer.advance(cqe->res);

@@ -55,12 +55,16 @@ using namespace csd;
 // ---- faults
 // ----------------------------------------------------------------------------------------------------
 
-enum class Fault { kNone, kMixed, kAlwaysEagain };
+enum class Fault { kNone, kMixed, kAlwaysEagain, kLost };
 static std::atomic<Fault> fault{Fault::kNone};
 static std::atomic<uint64_t> fault_calls{0};
 static std::atomic<uint64_t> faults_injected{0};
 
-// What the next call suffers: 0 nothing, -1 a short transfer, else an errno value.
+constexpr int kLostRequest = -2;
+constexpr uint64_t kLostRequests = 3;
+
+// What the next call suffers: 0 nothing, -1 a short transfer, kLostRequest no answer ever, else an errno
+// value.
 static int next_fault() {
   const uint64_t call = fault_calls++;
   switch (fault.load()) {
@@ -69,6 +73,10 @@ static int next_fault() {
     case Fault::kAlwaysEagain:
       faults_injected++;
       return EAGAIN;
+    case Fault::kLost:
+      if (faults_injected == kLostRequests) return 0;
+      faults_injected++;
+      return kLostRequest;
     case Fault::kMixed:
       break;
   }
@@ -117,17 +125,18 @@ static int empty_socket() {
 }
 
 // The kernel answers a shorter READ_FIXED or WRITE_FIXED as it would a short transfer: in whole blocks here,
-// as the drive wants them. EAGAIN comes from a request of another kind in the place of the real one.
+// as the drive wants them. EAGAIN comes from a request of another kind in the place of the real one, and so
+// does a request that is lost: one that waits for what never comes.
 extern "C" int io_uring_submit(io_uring* ring) {
   static const auto real = reinterpret_cast<int (*)(io_uring*)>(dlsym(RTLD_NEXT, "io_uring_submit"));
   static char received;
   for (unsigned i = ring->sq.sqe_head; i != ring->sq.sqe_tail; i++) {
     io_uring_sqe* sqe = &ring->sq.sqes[i & *ring->sq.kring_mask];
-    const int injected = next_fault();
+    const int injected = sqe->opcode == IORING_OP_ASYNC_CANCEL ? 0 : next_fault();
     const bool fixed = sqe->opcode == IORING_OP_READ_FIXED || sqe->opcode == IORING_OP_WRITE_FIXED;
-    if (injected > 0) {
+    if (injected > 0 || injected == kLostRequest) {
       const uint64_t user_data = sqe->user_data;
-      io_uring_prep_recv(sqe, empty_socket(), &received, 1, MSG_DONTWAIT);
+      io_uring_prep_recv(sqe, empty_socket(), &received, 1, injected > 0 ? MSG_DONTWAIT : 0);
       sqe->user_data = user_data;
     } else if (injected < 0 && fixed && sqe->len >= 2 * kBlockBytes) {
       sqe->len = static_cast<unsigned>(sqe->len / 2 / kBlockBytes * kBlockBytes);
@@ -470,6 +479,19 @@ static void test_destructor_waits(const Case& c) {
   close(fd);
 }
 
+// Linux 6.18 was seen to keep a write in its work queue with no thread to take it.
+static void test_lost_requests_are_asked_for_again(const Case& c) {
+  if (c.engine != "io_uring") return;
+  fault = Fault::kLost;
+  faults_injected = 0;
+  test_random_writes_then_reads(c, 1);
+  CHECK(faults_injected == kLostRequests);
+  faults_injected = 0;
+  test_destructor_waits(c);
+  fault = Fault::kNone;
+  CHECK(faults_injected == kLostRequests);
+}
+
 // Two queues of one engine, each made here and used in a thread of its own; then one queue that changes
 // threads.
 static void test_threads(const Case& c) {
@@ -658,6 +680,7 @@ int main(int argc, char** argv) {
       test_threads(c);
     }
     test_endless_eagain_ends(cases[0]);
+    test_lost_requests_are_asked_for_again(cases.back());
   }
   std::printf("scratch files\n");
   for (const std::string& engine : engines)
