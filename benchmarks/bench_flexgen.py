@@ -9,8 +9,9 @@ do nothing, and its "GPU" is a device on the CPU; its code is as installed. Ours
 StorageCache, resident=False, dense (float16, as FlexGen's) and int4.
 
 Nothing is prefilled by a model: both caches are filled with random keys and values. Before each of FlexGen's tokens its
-files are dropped from the page cache (written back, then posix_fadvise DONTNEED); ours are read with O_DIRECT. A token
-of ours follows each of FlexGen's, and the drive's own rate is measured around them.
+files are dropped from the page cache (written back, then posix_fadvise DONTNEED); ours are read with O_DIRECT. They
+take turns of a few tokens each, the first of which is not counted (after a pause a virtual machine may take half as
+long again for the same arithmetic), and the drive's own rate is measured around ours.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from torch_csd.bench.timing import Sample, counted, median, times
 
 HIDDEN, LAYERS, HEADS, FFN, VOCAB, BATCH = 2048, 8, 16, 8192, 1024, 4
 TOKEN_BYTES = LAYERS * 2 * BATCH * HIDDEN * 2
-WARM_UP = 1  # tokens of each that are not counted
+WARM_UP = 1  # tokens of a turn that are not counted
+COUNTED = 3  # those that are
 PIECE = 512  # tokens put into our cache at once
 BARS = {"dense": {2048: 1.4, 8192: 1.4}, "int4": {2048: 3.5, 8192: 4.5}}
 HOW_TO_GET_IT = "flexgen is not installed: pip install --target DIR --no-deps flexgen==0.1.8 attrs; PYTHONPATH=DIR"
@@ -167,7 +169,8 @@ def let_go(backend: types.ModuleType, disk: object, cpu: object) -> None:
 
 
 class FlexGenClock:
-    """Times each of FlexGen's tokens; between two of them its files are made cold and others have their turn."""
+    """Times FlexGen's tokens, a sample for each turn. Before each its files are made cold; others have their turns
+    between."""
 
     def __init__(self, directory: str, token_count: int, between: Callable[[], dict[str, float]]) -> None:
         self.directory = directory
@@ -175,14 +178,21 @@ class FlexGenClock:
         self.between = between
         self.samples: list[Sample] = []
         self.start_s = 0.0
+        self.turn_s: list[float] = []  # of its counted tokens
         self.roofs: dict[str, float] = {}
 
     def before_token(self, i: int, let_go: Callable[[], None]) -> None:
         end_s = time.perf_counter()
-        if i > WARM_UP + 1:  # a counted one has just ended
-            self.samples.append(Sample(end_s - self.start_s, self.cache_bytes(), roofs=self.roofs))
+        ended, place = divmod(i - 1, WARM_UP + COUNTED)  # token 0 is the prompt's
+        if 1 < i <= self.token_count + 1 and (place == 0 or place > WARM_UP):  # a counted one has just ended
+            self.turn_s.append(end_s - self.start_s)
+        if ended > len(self.samples):
+            seconds_a_token = sum(self.turn_s) / len(self.turn_s)
+            self.samples.append(Sample(seconds_a_token, self.cache_bytes(), roofs=self.roofs))
+            self.turn_s = []
         if 0 < i <= self.token_count:
-            self.roofs = self.between()
+            if place == 0:
+                self.roofs = self.between()
             let_go()
             for path in self.paths():
                 drop_from_page_cache(path)
@@ -228,7 +238,7 @@ def rows(settings: Settings, report: Report, prompt: int, *, cpu_cache_compute: 
     ours: dict[torch.dtype, list[Sample]] = {}
     with ExitStack() as stack:
         roof = stack.enter_context(DriveRoof(settings.directory, min(prompt * TOKEN_BYTES, 2**30)))
-        model = make_opt(prompt + 2 * settings.rounds + 64)
+        model = make_opt(prompt + (settings.rounds + 1) * (WARM_UP + COUNTED))
         samplers = {}
         for dtype in settings.stored:
             try:
@@ -238,13 +248,15 @@ def rows(settings: Settings, report: Report, prompt: int, *, cpu_cache_compute: 
             except (StoreError, NotImplementedError, RuntimeError) as error:
                 report.skip(f"{what}: ours, {dtype_name(dtype)}", error)
                 continue
-            samplers[dtype] = counted(step, cache.stats, 2)
+            samplers[dtype] = (step, counted(step, cache.stats, COUNTED))
             ours[dtype] = []
 
         def between() -> dict[str, float]:
             """Ours, each between two measurements of the drive."""
             before = roof()
-            for dtype, sampler in samplers.items():
+            for dtype, (step, sampler) in samplers.items():
+                for _ in range(WARM_UP):
+                    step()
                 sample = sampler()
                 after = roof()
                 sample.roofs = {name: (before[name] + after[name]) / 2 for name in after}
@@ -254,7 +266,7 @@ def rows(settings: Settings, report: Report, prompt: int, *, cpu_cache_compute: 
 
         offload = tempfile.mkdtemp(prefix=".torch_csd-flexgen-", dir=settings.directory)
         stack.callback(shutil.rmtree, offload, ignore_errors=True)
-        token_count = settings.rounds + WARM_UP
+        token_count = settings.rounds * (WARM_UP + COUNTED)
         clock = FlexGenClock(offload, token_count, between)
         with contextlib.redirect_stdout(sys.stderr):
             run_flexgen(offload, prompt, token_count, clock.before_token, cpu_cache_compute=cpu_cache_compute)
@@ -269,8 +281,7 @@ def rows(settings: Settings, report: Report, prompt: int, *, cpu_cache_compute: 
             f"its files dropped from the page cache before each token; cpu_cache_compute={cpu_cache_compute}",
         )
     )  # fmt: skip
-    for dtype, samples in ours.items():
-        mine = samples[-len(theirs) :]  # the one before each counted token of FlexGen's
+    for dtype, mine in ours.items():
         kind = "dense" if dtype not in CODES else dtype_name(dtype)
         bars = BARS.get(kind, {}) if cpu_cache_compute else {}  # without it FlexGen is not at its best
         others = [times_faster("FlexGen", mine, theirs, bars.get(prompt)), *over_drive_time(mine)]
@@ -284,7 +295,7 @@ def main() -> None:
     parser.add_argument("--memory-budget", default="256MiB", help="of our cache (default 256MiB)")
     parser.add_argument("--io-engine", default="auto", choices=["auto", "io_uring", "pread"])
     parser.add_argument("--threads", type=int, default=None, help="of ours and of torch, so of FlexGen's too")
-    parser.add_argument("--rounds", type=int, default=None, help="tokens to take the median of (default 5; quick: 2)")
+    parser.add_argument("--rounds", type=int, default=None, help="turns of each, for medians (default 5; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="a short prompt, few rounds: does it run")
     parser.add_argument(
         "--cpu-cache-compute",
