@@ -273,6 +273,41 @@ def test_an_explicit_size_is_memory_on_top_of_what_a_pass_reads_through(make_sto
         make_store(read_ahead="much")
 
 
+def decode(store, dense, steps):
+    for step in range(steps):
+        for layer, kv in enumerate(dense):
+            dense[layer] = extend(store, layer, kv, 1, seed=step)
+            attend_and_check(store, layer, dense[layer])
+            stats = store.stats()
+            assert stats["memory_used_bytes"] <= stats["memory_budget_bytes"]
+
+
+def test_memory_for_reads_grows_with_what_a_pass_reads_and_is_given_back(make_store, io_engine):
+    store = make_store(io_engine=io_engine, memory_budget="16MiB", threads=2)
+    before = store.stats()["staging_bytes"]
+    dense = fill(store, 2, 64 * 448)  # 28 MiB each
+    resident = store.stats()["pages_resident"]
+    decode(store, dense, 16)
+    stats = store.stats()
+    assert before < stats["staging_bytes"] <= 12 * MIB and stats["pages_resident"] < resident
+    assert stats["tail_spills"] == 0
+    for layer in range(2):
+        store.free(layer)
+    dense = fill(store, 2, 64 * 40)  # all of it fits
+    assert store.stats()["staging_bytes"] == before
+    decode(store, dense, 3)
+    assert store.stats()["pages_on_drive"] == 0
+
+
+def test_memory_for_reads_leaves_room_for_the_tails(make_store):
+    store = make_store(memory_budget="16MiB", threads=2)
+    dense = fill(store, 2, 64 * 20, batch=20)  # 25 MiB each, tails of 1.25 MiB each
+    decode(store, dense, 6)
+    stats = store.stats()
+    assert stats["staging_bytes"] <= 16 * MIB - 2 * MIB - 2 * 40 * PAGE_BYTES
+    assert stats["tail_spills"] == 0
+
+
 def test_a_store_is_closed_while_reads_are_under_way(make_store, io_engine):
     for _ in range(5):
         store = make_store(io_engine=io_engine, resident=False, memory_budget="64MiB", threads=2)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "base/error.h"
 #include "store/format.h"
@@ -22,15 +23,22 @@ constexpr int kWriteDepth = 64;
 constexpr int64_t kTailPages = 2;         // of full precision, at most, where older ones are quantised
 constexpr int64_t kPackBytes = 8 * kMiB;  // of pages packed together
 
+int64_t in_steps(int64_t bytes) {
+  const int64_t step =
+      bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
+  return bytes / step * step;
+}
+
 // How memory_budget is divided; the arena has the rest. read_ahead_bytes: as in DriveOptions.
 int64_t staging_bytes(int64_t budget_bytes, int64_t read_ahead_bytes) {
   const int64_t bytes = read_ahead_bytes < 0
                             ? std::min(kAheadStagingBytesMax, budget_bytes / 8 * 3)
                             : std::min(kStagingBytesMax, budget_bytes / 4) + read_ahead_bytes;
-  const int64_t step =
-      bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
-  return bytes / step * step;
+  return in_steps(bytes);
 }
+
+// Staging memory may grow to this where passes are wide; the arena keeps what is left.
+int64_t staging_bytes_max(int64_t budget_bytes) { return budget_bytes / 4 * 3; }
 
 int64_t scratch_bytes(int64_t budget_bytes) { return std::min(kScratchBytesMax, budget_bytes / 8); }
 
@@ -191,6 +199,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   settle_writes();
+  if (options_.read_ahead_bytes < 0) divide_budget(layer);
   const bool was_empty = layer.rows.empty();
   if (was_empty) {
     for (int64_t i = 0; i < request.row_count; ++i) layer.rows.push_back(new_row(layer.geometry));
@@ -400,9 +409,64 @@ void Drive::add_candidate(const std::shared_ptr<Page>& page) {
   pages.push_back(page);
 }
 
+// ---- how memory_budget is divided ----
+
+int64_t Drive::write_window() const { return std::min(kWriteWindowBytes, arena_->limit_bytes() / 4); }
+
+// What staging memory is worth having: as much as the drive reads while a model computes for half of the time
+// that a pass's reads take. A byte of it hides a byte of reading at every pass, where one of a resident page
+// saves a byte only at every step.
+int64_t Drive::useful_staging() const {
+  const int64_t budget = options_.memory_budget_bytes;
+  const int64_t least = staging_bytes(budget, options_.read_ahead_bytes);
+  int64_t tails = 0;
+  for (const auto& [id, layer] : layers_) {
+    const auto rows = std::max<int64_t>(1, static_cast<int64_t>(layer.rows.size()));
+    tails +=
+        rows * (layer.geometry.quantised() ? kTailPages : 1) * layer.geometry.full_precision().page_bytes();
+  }
+  const int64_t most = std::min(staging_bytes_max(budget), budget - scratch_bytes_max_ - 2 * tails);
+  return std::max(least, in_steps(std::min({stream_->widest_pass_bytes() / 2, most, staging_bytes_limit_})));
+}
+
+// Before an append: moves memory between the arena and staging, a little at a time while pages have to be
+// written for it. In large steps, because what is staged is lost.
+void Drive::divide_budget(const Layer& layer) {
+  const auto is_empty = [](const Row& row) { return row.length == 0; };
+  if (std::all_of(layer.rows.begin(), layer.rows.end(), is_empty)) {  // something begins: it may be smaller
+    int64_t widest = 0;
+    for (const auto& [id, other] : layers_) {
+      int64_t pages = 0;
+      for (const Row& row : other.rows) pages += static_cast<int64_t>(row.pages.size());
+      widest = std::max(widest, pages * other.geometry.stored().page_bytes());
+    }
+    stream_->limit_widest_pass(widest);
+    staging_bytes_limit_ = std::numeric_limits<int64_t>::max();
+  }
+  const int64_t now = stream_->staging_bytes();
+  const int64_t wanted = useful_staging();
+  if (wanted <= now + now / 4 && wanted >= now - now / 4) return;
+  const int64_t rest = options_.memory_budget_bytes - scratch_bytes_max_;
+  arena_->set_limit(rest - wanted);
+  try {
+    while (arena_->mapped_bytes() > arena_->limit_bytes() && writer_->pending_bytes() < write_window() &&
+           evict_one(false)) {
+    }
+    writer_->flush();
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kNoSpace) throw;
+  }
+  if (arena_->mapped_bytes() <= arena_->limit_bytes()) {
+    stream_->resize(wanted);
+  } else if (writer_->idle()) {  // what is left cannot go
+    arena_->set_limit(rest - now);
+    staging_bytes_limit_ = now;
+  }
+}
+
 // Room for one page, made by writing others if there is none.
 uint8_t* Drive::page_memory(int64_t page_bytes) {
-  const int64_t window = std::min(kWriteWindowBytes, arena_->limit_bytes() / 4);
+  const int64_t window = write_window();
   for (;;) {
     if (uint8_t* memory = arena_->allocate(page_bytes)) return memory;
     arena_full_ = true;
@@ -426,8 +490,9 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
 
 // Starts writing one page so that its memory becomes free: the most recently filled one, because what stays
 // should be a fixed set (a scan over everything defeats any recency order); if there is none, a tail.
-bool Drive::evict_one() {
+bool Drive::evict_one(bool tails_too) {
   for (Candidates* candidates : {&sealed_, &tails_}) {
+    if (candidates == &tails_ && !tails_too) break;
     std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
     while (!pages.empty()) {
       const std::shared_ptr<Page> page = pages.back().lock();
@@ -705,6 +770,7 @@ std::string Drive::stats_json() {
   const size_t listed = sealed_.pages.capacity() + tails_.pages.capacity();
   json += number("metadata_bytes",
                  table_memory_.bytes() + static_cast<int64_t>(listed * sizeof(std::weak_ptr<Page>)));
+  json += number("staging_bytes", stream_->staging_bytes());
   json += number("drive_read_bytes", counters.drive_read_bytes);
   json += number("read_ahead_bytes", counters.read_ahead_bytes);
   json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);

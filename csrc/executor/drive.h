@@ -1,15 +1,16 @@
 // A drive: one directory's file, the pages in it and in memory, and everything that is done to them. The ops
 // call this.
 //
-// Thread-safe: one call at a time, in the order in which they came. memory_budget is divided once: staging
-// for reads in flight, scratch for partial results, and the arena, which holds the tails and, in what is
-// left, full pages that then never have to be read. A page that finds no room is written and leaves memory;
-// even a tail may, so any budget above the minimum holds any context.
+// Thread-safe: one call at a time, in the order in which they came. memory_budget is divided: staging for
+// reads in flight and ahead, which grows with what a pass reads, scratch for partial results, and the arena,
+// which holds the tails and, in what is left, full pages that then never have to be read. A page that finds
+// no room is written and leaves memory; even a tail may, so any budget above the minimum holds any context.
 #pragma once
 
 #include <sys/types.h>
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -116,8 +117,11 @@ class Drive {
   void finish_packing();
   void list_again(const Packer::Job& job);
   void write_behind(int64_t appended_bytes);
+  int64_t write_window() const;
+  int64_t useful_staging() const;
+  void divide_budget(const Layer& layer);
   uint8_t* page_memory(int64_t page_bytes);
-  bool evict_one();
+  bool evict_one(bool tails_too = true);
   void seal(const std::shared_ptr<Page>& page);
   const uint8_t* page_image(const Page& page);
   void read_page(const Page& page, uint8_t* memory);
@@ -145,6 +149,7 @@ class Drive {
   std::unique_ptr<Arena> arena_;
   std::shared_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;
+  int64_t staging_bytes_limit_ = std::numeric_limits<int64_t>::max();  // what was tried for more in vain
   ThreadPool pool_;
   std::unique_ptr<PageStream> stream_;
   std::unique_ptr<Writer> writer_;

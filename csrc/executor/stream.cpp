@@ -111,9 +111,23 @@ PageStream::~PageStream() {
 // Slots only grow, so that layers of different page sizes do not take turns at losing what was read ahead.
 void PageStream::fit(int64_t page_bytes) {
   if (page_bytes <= slot_bytes_) return;
-  drain();
   CSD_CHECK(2 * page_bytes <= staging_bytes_, "the staging memory does not hold two pages");
-  slot_bytes_ = page_bytes;
+  drain();
+  divide(page_bytes);
+}
+
+void PageStream::resize(int64_t staging_bytes) {
+  CSD_CHECK(2 * slot_bytes_ <= staging_bytes, "the staging memory does not hold two pages");
+  drain();
+  workers_.clear();  // their queues know the memory
+  if (staging_ != nullptr) unmap_memory(staging_, staging_bytes_);
+  staging_ = nullptr;
+  staging_bytes_ = staging_bytes;
+  divide(slot_bytes_);
+}
+
+void PageStream::divide(int64_t slot_bytes) {
+  slot_bytes_ = slot_bytes;
   slots_ = std::vector<Slot>(static_cast<size_t>(staging_bytes_ / slot_bytes_));
   free_.clear();
   for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_.push_back(slot);
@@ -333,6 +347,9 @@ void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int
   const auto memory_uses = static_cast<int64_t>(plan.memory_uses.size());
   const auto drive_uses = static_cast<int64_t>(plan.drive_uses.size());
   if (memory_uses == 0 && drive_uses == 0) return;
+  int64_t pass_bytes = plan.read_bytes;
+  for (const StagedUse& use : plan.staged) pass_bytes += use.bytes;
+  widest_pass_bytes_ = std::max(widest_pass_bytes_, pass_bytes);
   const int64_t weight = (memory_uses + drive_uses) * page_bytes * compute_weight;
   auto worker_count = static_cast<int>(std::clamp<int64_t>(1 + weight / kWakeBytes, 1, worker_count_max));
   // A worker needs two slots, so that the drive works while it computes.

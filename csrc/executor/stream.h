@@ -3,6 +3,7 @@
 // pass.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -44,6 +45,8 @@ class PageStream {
 
   // Makes slots large enough for pages of this size; what was staged in smaller ones is lost.
   void fit(int64_t page_bytes);
+  // Another amount of staging memory, for the passes to come; what was staged is lost.
+  void resize(int64_t staging_bytes);
   // The length of reads that suits a page size, and the longest that fits a slot.
   int64_t read_bytes_max(int64_t page_bytes) const;
   int64_t slot_bytes() const { return slot_bytes_; }
@@ -64,6 +67,11 @@ class PageStream {
   // Lets go of what was read ahead from extents that nobody else keeps, so that their space is free.
   void release_unused();
 
+  // What the pass that needed most of the drive needed of it.
+  int64_t widest_pass_bytes() const { return widest_pass_bytes_; }
+  // None can be wider any more.
+  void limit_widest_pass(int64_t bytes) { widest_pass_bytes_ = std::min(widest_pass_bytes_, bytes); }
+
   int worker_limit() const { return pool_.worker_count(); }
   const StreamCounters& counters() const { return counters_; }
 
@@ -72,6 +80,7 @@ class PageStream {
   struct Worker;
   struct Pass;
 
+  void divide(int64_t slot_bytes);
   void prepare(int worker_count);
   void begin(Pass* pass);
   void end(Pass* pass);
@@ -91,10 +100,11 @@ class PageStream {
   const int fd_;
   const std::string path_;
   const int queue_depth_;
-  const int64_t staging_bytes_;
+  int64_t staging_bytes_;
   ThreadPool& pool_;
   uint8_t* staging_ = nullptr;  // mapped by the first pass that reads
   int64_t slot_bytes_ = 0;
+  int64_t widest_pass_bytes_ = 0;
   std::vector<Slot> slots_;
   std::vector<std::unique_ptr<Worker>> workers_;
   std::mutex mutex_;         // of the two, during a pass

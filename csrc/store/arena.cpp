@@ -28,6 +28,11 @@ Arena::~Arena() {
   unmap_empty_chunks();
 }
 
+void Arena::set_limit(int64_t bytes) {
+  limit_bytes_ = bytes;
+  if (mapped_bytes_ > limit_bytes_) unmap_empty_chunks();
+}
+
 uint8_t* Arena::allocate(int64_t page_bytes) {
   std::vector<uint8_t*>& open = open_chunks_[page_bytes];
   if (open.empty()) {
@@ -70,7 +75,7 @@ void Arena::release(uint8_t* page) {
   chunk.free_slots.push_back(static_cast<uint32_t>((page - base) / chunk.slot_bytes));
   if (static_cast<int64_t>(chunk.free_slots.size()) < chunk.slot_count) return;
   open.erase(std::find(open.begin(), open.end(), base));
-  if (chunk.bytes == chunk_bytes_) {
+  if (chunk.bytes == chunk_bytes_ && mapped_bytes_ <= limit_bytes_) {
     empty_chunks_.push_back(base);
   } else {
     unmap_memory(base, chunk.bytes);

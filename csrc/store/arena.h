@@ -22,6 +22,8 @@ class Arena {
   void release(uint8_t* page);
 
   int64_t limit_bytes() const { return limit_bytes_; }
+  // Where more than that is mapped, allocate() finds no room until enough was released.
+  void set_limit(int64_t bytes);
   int64_t mapped_bytes() const { return mapped_bytes_; }
 
  private:
@@ -34,7 +36,7 @@ class Arena {
 
   void unmap_empty_chunks();
 
-  const int64_t limit_bytes_;
+  int64_t limit_bytes_;
   const int64_t chunk_bytes_;
   int64_t mapped_bytes_ = 0;
   std::map<uint8_t*, Chunk> chunks_;  // by base address; those with at least one page in use
