@@ -1,4 +1,4 @@
-"""Builds and runs the C++ test programs of tests/native: the I/O engines with faults injected below them."""
+"""Builds and runs C++ test programs of tests/native: the I/O engines with faults injected below them, and lists."""
 
 from __future__ import annotations
 
@@ -37,4 +37,18 @@ def test_io_engines_survive_short_transfers_and_refusals(tmp_path, liburing):
     directory = tmp_path / "drive"
     directory.mkdir()
     run = subprocess.run([str(program), str(directory)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
+def test_pages_leave_memory_in_order_whichever_go_before_their_turn(tmp_path):
+    program = tmp_path / "test_candidates"
+    sources = [
+        "tests/native/test_candidates.cpp",
+        *(f"csrc/store/{name}.cpp" for name in ("candidates", "arena", "extents")),
+        *sorted(glob.glob("csrc/base/*.cpp", root_dir=ROOT)),
+    ]
+    build = ["g++", "-std=c++17", "-O1", "-Icsrc", *sources, "-pthread", "-o", str(program)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr

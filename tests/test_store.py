@@ -635,16 +635,33 @@ TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
-def test_what_is_kept_about_pages_is_a_thousandth_of_them(make_store):
-    store = make_store(resident=False, memory_budget="64MiB")
-    k, v = random_kv(1, 8, 64 * 128, 128, dtype=torch.bfloat16)
-    store.append(0, k, v)
-    store.flush()
-    before = store.stats()
-    store.append(0, k, v)
-    store.flush()
-    after = store.stats()
-    assert 0 < after["metadata_bytes"] - before["metadata_bytes"] <= 1e-3 * 2 * k.nbytes
-    assert after["stored_bytes"] - before["stored_bytes"] == 2 * k.nbytes
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [64 * 128, 64], ids=["many at once", "page by page"])
+def test_what_is_kept_about_pages_is_a_thousandth_of_them(make_store, dtype, tokens):
+    store = make_store(resident=False, memory_budget="64MiB", kv_dtype=dtype)
+    k, v = random_kv(1, 8, tokens, 128, dtype=torch.bfloat16)
+    marks = []
+    for _ in range(2):
+        for _ in range(64 * 128 // tokens):
+            store.append(0, k, v)
+        store.flush()
+        marks.append(store.stats())
+    before, after = marks
+    stored = after["stored_bytes"] - before["stored_bytes"]
+    assert stored == 128 * {"bfloat16": 262_144, "int8": 139_264, "int4": 73_728}[dtype]
+    assert 0 < after["metadata_bytes"] - before["metadata_bytes"] <= 1e-3 * stored
     store.free()
     assert store.stats()["metadata_bytes"] < after["metadata_bytes"] / 2
+
+
+def test_what_is_kept_about_pages_goes_with_them(make_store):
+    store = make_store(memory_budget="64MiB")
+    store.append(0, *random_kv(1, 1, 64, 8))
+    before = store.stats()["metadata_bytes"]
+    k, v = random_kv(2, 1, 64 * 500, 8)
+    for layer in range(1, 3):
+        store.append(layer, k, v)
+    assert store.stats()["metadata_bytes"] > before + 2 * 1000 * 48
+    store.truncate(1, 0)
+    store.truncate(2, 0)
+    assert store.stats()["metadata_bytes"] < before + 2 * 1000 * 8, "memory is kept of pages that are gone"

@@ -38,7 +38,7 @@ class MemoryPool {
   char* end_ = nullptr;
 };
 
-// For containers and std::allocate_shared. Copies of a container stay in its pool.
+// For containers. Copies of a container stay in its pool.
 template <typename T>
 struct PoolAllocator {
   using value_type = T;

@@ -81,7 +81,7 @@ Drive::Drive(const DriveOptions& options)
     engine_ = make_io_engine(file_.engine, static_cast<int>(std::max<int64_t>(4, options.threads)));
     scratch_bytes_max_ = scratch_bytes(options.memory_budget_bytes);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
-    space_ = std::make_shared<FileSpace>(file_.fd, file_.path, &table_memory_);
+    space_ = std::make_unique<FileSpace>(file_.fd, file_.path, &table_memory_);
     stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, &pool_,
                                            static_cast<int>(options.queue_depth), staging);
     packer_ = std::make_unique<Packer>(&kernels_, &pool_);
@@ -98,8 +98,6 @@ Drive::~Drive() {
   writer_.reset();
   stream_.reset();
   layers_.clear();  // pages give their memory back before the arena goes
-  sealed_.pages.clear();
-  tails_.pages.clear();
   engine_.reset();
   space_.reset();
   close(file_.fd);
@@ -152,7 +150,7 @@ void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   Layer copy = find(source_id);
-  for (Row& row : copy.rows) row.stream = new_stream(copy.geometry);
+  for (Row& row : copy.rows) row.home = new_home(copy.geometry);
   layers_[layer_id] = std::move(copy);
   ahead_.forget(layer_id);
   stream_->release_unused();
@@ -187,11 +185,11 @@ Geometry Drive::geometry(int64_t layer_id) {
 
 // ---- changing what is stored ----
 
-Row Drive::new_row(const Geometry& geometry) { return {&table_memory_, new_stream(geometry)}; }
+Row Drive::new_row(const Geometry& geometry) { return {&table_memory_, new_home(geometry)}; }
 
-std::shared_ptr<ExtentStream> Drive::new_stream(const Geometry& geometry) {
-  return std::allocate_shared<ExtentStream>(PoolAllocator<ExtentStream>(&table_memory_), space_,
-                                            geometry.stored().page_bytes());
+Ref<Home> Drive::new_home(const Geometry& geometry) {
+  return Ref<Home>::make(&table_memory_, arena_.get(), &candidates_, space_.get(),
+                         geometry.stored().page_bytes());
 }
 
 LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
@@ -240,7 +238,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
       while (row.end_page() > ends_before[i]) row.pages.pop_back();
     }
     for (auto page = replaced.rbegin(); page != replaced.rend(); ++page) {
-      if (page->page->writable()) add_candidate(page->page);
+      if (page->page->writable()) candidates_.add(page->page.get());
       page->row->pages[static_cast<size_t>(page->index - page->row->first_page)] = std::move(page->page);
     }
     if (was_empty) layer.rows.clear();
@@ -262,14 +260,14 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
   tokens.dtype = request.dtype;
   std::copy_n(request.k_strides + 1, 2, tokens.k_strides);
   std::copy_n(request.v_strides + 1, 2, tokens.v_strides);
-  row->stream->expect((token_count + kPageTokens - 1) / kPageTokens);
+  row->home->stream.expect((token_count + kPageTokens - 1) / kPageTokens);
   for (int64_t done = 0; done < token_count; done += tokens.count) {
     tokens.slot = row->length % kPageTokens;
     tokens.count = std::min(kPageTokens - tokens.slot, token_count - done);
     tokens.k = k + done * request.k_strides[2] * bytes;
     tokens.v = v + done * request.v_strides[2] * bytes;
     if (tokens.count == kPageTokens && row->length / kPageTokens < tail) {
-      std::shared_ptr<Page> page = new_page(*row, stored);
+      Ref<Page> page = new_page(*row, stored);
       if (row->pages.empty()) row->first_page = row->length / kPageTokens;
       row->pages.push_back(page);
       packer_->add({std::move(page), stored, true, tokens, nullptr, {}});
@@ -282,24 +280,23 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
   }
 }
 
-std::shared_ptr<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
-  auto page = std::allocate_shared<Page>(PoolAllocator<Page>(&table_memory_), arena_.get(), layout);
+Ref<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
+  auto page = Ref<Page>::make(&table_memory_, row.home, layout);
   page->memory = page_memory(page->page_bytes);
-  page->stream = row.stream;
   return page;
 }
 
 // The page that the row's next token goes to: of full precision, in memory, not on the drive, the row's
 // alone.
-const std::shared_ptr<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
-                                                  std::vector<ReplacedPage>* replaced) {
+const Ref<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
+                                      std::vector<ReplacedPage>* replaced) {
   const int64_t index = row->length / kPageTokens;
   const bool exists = index < row->end_page();
   if (exists) {
-    const std::shared_ptr<Page>& last = row->pages.back();
+    const Ref<Page>& last = row->pages.back();
     if (last.use_count() == 1 && last->writable() && !last->quantised) return last;
   }
-  std::shared_ptr<Page> page = new_page(*row, geometry.full_precision());
+  Ref<Page> page = new_page(*row, geometry.full_precision());
   if (exists) {  // shared, already on the drive, or quantised (after a crop): continue on a copy
     const Page& old = *row->pages.back();
     if (old.quantised) {
@@ -324,14 +321,14 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
                            std::vector<ReplacedPage>* replaced) {
   const PageLayout stored = layer->geometry.stored();
   const PageLayout full_precision = layer->geometry.full_precision();
-  std::map<const Page*, std::shared_ptr<Page>> quantised;
+  std::map<const Page*, Ref<Page>> quantised;
   for (size_t i = 0; i < layer->rows.size(); ++i) {
     Row& row = layer->rows[i];
     const int64_t begin = std::max(row.first_page, first_tail_page(lengths_before[i]));
     for (int64_t index = begin; index < first_tail_page(row.length); ++index) {
-      std::shared_ptr<Page>& place = row.pages[static_cast<size_t>(index - row.first_page)];
+      Ref<Page>& place = row.pages[static_cast<size_t>(index - row.first_page)];
       if (place->quantised) continue;
-      std::shared_ptr<Page>& page = quantised[place.get()];
+      Ref<Page>& page = quantised[place.get()];
       if (page == nullptr) {
         page = new_page(row, stored);
         if (place->evictable()) {
@@ -361,8 +358,8 @@ void Drive::finish_packing() {
 
 // The pages of a job were pinned, and may have lost their places among the candidates.
 void Drive::list_again(const Packer::Job& job) {
-  add_candidate(job.page);
-  if (job.source != nullptr) add_candidate(job.source);
+  candidates_.add(job.page.get());
+  if (job.source != nullptr) candidates_.add(job.source.get());
 }
 
 // An append that had to make room is seldom the last: starts writing as much as it brought, so that the next
@@ -379,34 +376,18 @@ void Drive::write_behind(int64_t appended_bytes) {
   }
 }
 
-void Drive::seal(const std::shared_ptr<Page>& page) {
+void Drive::seal(const Ref<Page>& page) {
   page->sealed = true;
   if (options_.resident) {
-    add_candidate(page);
+    candidates_.add(page.get());
     return;
   }
   writer_->add(page);
+  candidates_.remove(page.get());
   while (writer_->pending_bytes() > std::min(kWriteBehindBytes, arena_->limit_bytes() / 4)) {
     writer_->reap(true);
     settle_writes();
   }
-}
-
-void Drive::add_candidate(const std::shared_ptr<Page>& page) {
-  const Listed wanted = page->sealed ? Listed::kSealed : Listed::kTail;
-  if (page->listed == wanted || !page->writable()) return;
-  Candidates& candidates = page->sealed ? sealed_ : tails_;
-  std::vector<std::weak_ptr<Page>>& pages = candidates.pages;
-  if (pages.size() >= candidates.sweep_at) {
-    const auto stale = [wanted](const std::weak_ptr<Page>& entry) {
-      const std::shared_ptr<Page> other = entry.lock();
-      return other == nullptr || !other->writable() || other->listed != wanted;
-    };
-    pages.erase(std::remove_if(pages.begin(), pages.end(), stale), pages.end());
-    candidates.sweep_at = std::max<size_t>(1024, 2 * pages.size());
-  }
-  page->listed = wanted;
-  pages.push_back(page);
 }
 
 // ---- how memory_budget is divided ----
@@ -488,23 +469,18 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
   }
 }
 
-// Starts writing one page so that its memory becomes free: the most recently filled one, because what stays
-// should be a fixed set (a scan over everything defeats any recency order); if there is none, a tail.
+// Starts writing one page so that its memory becomes free.
 bool Drive::evict_one(bool tails_too) {
-  for (Candidates* candidates : {&sealed_, &tails_}) {
-    if (candidates == &tails_ && !tails_too) break;
-    std::vector<std::weak_ptr<Page>>& pages = candidates->pages;
-    while (!pages.empty()) {
-      const std::shared_ptr<Page> page = pages.back().lock();
-      const bool evictable = page != nullptr && page->evictable();
-      if (evictable) {
-        writer_->add(page);
-        if (!page->sealed) tail_spills_++;
-      }
-      if (page != nullptr) page->listed = Listed::kNo;  // if it is pinned, the packer's end lists it again
-      pages.pop_back();
-      if (evictable) return true;
+  while (Page* next = candidates_.next()) {
+    if (!next->sealed && !tails_too) return false;
+    const Ref<Page> page(next);
+    const bool evictable = page->evictable();
+    if (evictable) {
+      writer_->add(page);
+      if (!page->sealed) tail_spills_++;
     }
+    candidates_.remove(next);  // if it is pinned, the packer's end lists it again
+    if (evictable) return true;
   }
   return false;
 }
@@ -513,11 +489,7 @@ bool Drive::evict_one(bool tails_too) {
 // tried last.
 void Drive::settle_writes() {
   writer_->reap(false);
-  for (const std::shared_ptr<Page>& page : writer_->take_failed()) {
-    std::vector<std::weak_ptr<Page>>& pages = (page->sealed ? sealed_ : tails_).pages;
-    page->listed = page->sealed ? Listed::kSealed : Listed::kTail;
-    pages.insert(pages.begin(), page);
-  }
+  for (const Ref<Page>& page : writer_->take_failed()) candidates_.add_last(page.get());
   writer_->throw_error();
 }
 
@@ -567,7 +539,7 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
     const int64_t length = lengths[one_for_all ? 0 : i];
     if (length >= row.length) continue;
     row.truncate(length);
-    if (row.pages.empty()) row.stream->restart();
+    if (row.pages.empty()) row.home->stream.restart();
     shortened = true;
   }
   if (!shortened) return;
@@ -620,7 +592,7 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
       rows.push_back(std::move(old));  // the last user of a row takes it over, with the extent it fills
     } else {
       rows.push_back(old);
-      rows.back().stream = new_stream(layer.geometry);
+      rows.back().home = new_home(layer.geometry);
     }
   }
   layer.rows = std::move(rows);
@@ -736,7 +708,7 @@ std::string Drive::stats_json() {
   int64_t stored_bytes = 0;  // a page that rows share counts for each
   for (const auto& [id, layer] : layers_) {
     for (const Row& row : layer.rows) {
-      for (const std::shared_ptr<Page>& page : row.pages) {
+      for (const Ref<Page>& page : row.pages) {
         (page->memory != nullptr ? pages_resident : pages_on_drive)++;
         stored_bytes += page->page_bytes;
       }
@@ -767,9 +739,7 @@ std::string Drive::stats_json() {
   json += number("memory_budget_bytes", options_.memory_budget_bytes);
   json += number("memory_used_bytes",
                  arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
-  const size_t listed = sealed_.pages.capacity() + tails_.pages.capacity();
-  json += number("metadata_bytes",
-                 table_memory_.bytes() + static_cast<int64_t>(listed * sizeof(std::weak_ptr<Page>)));
+  json += number("metadata_bytes", table_memory_.bytes());
   json += number("staging_bytes", stream_->staging_bytes());
   json += number("drive_read_bytes", counters.drive_read_bytes);
   json += number("read_ahead_bytes", counters.read_ahead_bytes);

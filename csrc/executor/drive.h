@@ -18,6 +18,7 @@
 
 #include "base/fair_mutex.h"
 #include "base/memory_pool.h"
+#include "base/ref.h"
 #include "executor/ahead.h"
 #include "executor/attend.h"
 #include "executor/packer.h"
@@ -26,6 +27,7 @@
 #include "io/io.h"
 #include "kernels/kernels.h"
 #include "store/arena.h"
+#include "store/candidates.h"
 #include "store/extents.h"
 #include "store/layer.h"
 
@@ -99,19 +101,18 @@ class Drive {
   struct ReplacedPage {
     Row* row;
     int64_t index;
-    std::shared_ptr<Page> page;
+    Ref<Page> page;
   };
 
   Layer& find(int64_t layer_id);
   static LayerInfo info_of(const Layer& layer);
   void check_process() const;
   Row new_row(const Geometry& geometry);
-  std::shared_ptr<ExtentStream> new_stream(const Geometry& geometry);
+  Ref<Home> new_home(const Geometry& geometry);
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
                   std::vector<ReplacedPage>* replaced);
-  std::shared_ptr<Page> new_page(const Row& row, const PageLayout& layout);
-  const std::shared_ptr<Page>& writable_tail(const Geometry& geometry, Row* row,
-                                             std::vector<ReplacedPage>* replaced);
+  Ref<Page> new_page(const Row& row, const PageLayout& layout);
+  const Ref<Page>& writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedPage>* replaced);
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
                       std::vector<ReplacedPage>* replaced);
   void finish_packing();
@@ -122,7 +123,7 @@ class Drive {
   void divide_budget(const Layer& layer);
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one(bool tails_too = true);
-  void seal(const std::shared_ptr<Page>& page);
+  void seal(const Ref<Page>& page);
   const uint8_t* page_image(const Page& page);
   void read_page(const Page& page, uint8_t* memory);
   void settle_writes();
@@ -133,21 +134,15 @@ class Drive {
   void run_pass(PassKey key, int64_t epoch, const Request& request,
                 void (*pass)(const PassContext&, const Layer&, const Request&));
 
-  // Pages in memory that may have to leave it. Entries go stale, are skipped, and are swept out now and then.
-  struct Candidates {
-    std::vector<std::weak_ptr<Page>> pages;
-    size_t sweep_at = 1024;
-  };
-  void add_candidate(const std::shared_ptr<Page>& page);
-
   MemoryPool table_memory_;  // of pages and extents: outlives all of them
+  Candidates candidates_{&table_memory_};
   const DriveOptions options_;
   const pid_t process_;
   const Kernels& kernels_;
   OpenedFile file_;
   std::unique_ptr<IoEngine> engine_;
   std::unique_ptr<Arena> arena_;
-  std::shared_ptr<FileSpace> space_;
+  std::unique_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;
   int64_t staging_bytes_limit_ = std::numeric_limits<int64_t>::max();  // what was tried for more in vain
   ThreadPool pool_;
@@ -161,8 +156,6 @@ class Drive {
   FairMutex mutex_;  // of everything here
   std::map<int64_t, Layer> layers_;
   ReadAhead ahead_{&layers_};
-  Candidates sealed_;  // full pages
-  Candidates tails_;   // pages that a row still fills
 
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <deque>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -30,11 +29,11 @@ class Packer {
   Packer(const Kernels* kernels, ThreadPool* pool) : kernels_(*kernels), pool_(*pool) {}
 
   struct Job {
-    std::shared_ptr<Page> page;
+    Ref<Page> page;
     PageLayout layout;
     bool completes = false;  // the page is then full and as it will stay
     NewTokens tokens;
-    std::shared_ptr<Page> source;  // in memory; null: tokens
+    Ref<Page> source;  // in memory; null: tokens
     PageLayout source_layout;
   };
 

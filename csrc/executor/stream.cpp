@@ -48,7 +48,7 @@ struct PageStream::Slot {
   int64_t use_begin = 0;   // of the plan that needs it
   int64_t use_end = 0;
   iovec segment{};
-  std::vector<std::shared_ptr<Extent>> extents;  // so that what was read ahead stays what the drive holds
+  std::vector<Ref<Extent>> extents;  // so that what was read ahead stays what the drive holds
 };
 
 struct PageStream::Worker {
@@ -58,7 +58,7 @@ struct PageStream::Worker {
   int needed = 0;     // slots in flight that the pass waits for
   int discarded = 0;  // slots in flight that will be free
   // Kept until the pass ends: the last to let go gives space back, which only the calling thread may.
-  std::vector<std::shared_ptr<Extent>> extents;
+  std::vector<Ref<Extent>> extents;
 };
 
 struct PageStream::Pass {
@@ -207,10 +207,10 @@ std::vector<StagedRun>* PageStream::staged() {
 }
 
 void PageStream::release_unused() {
-  std::vector<const std::shared_ptr<Extent>*> held;
+  std::vector<const Ref<Extent>*> held;
   for (const Slot& run : slots_) {
     if (run.state == Slot::State::kFree || run.role != Slot::Role::kAhead) continue;
-    for (const std::shared_ptr<Extent>& extent : run.extents) held.push_back(&extent);
+    for (const Ref<Extent>& extent : run.extents) held.push_back(&extent);
   }
   if (held.empty()) return;
   const auto by_extent = [](const auto* a, const auto* b) { return a->get() < b->get(); };
@@ -226,7 +226,7 @@ void PageStream::release_unused() {
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
     const Slot& run = slots_[slot];
     if (run.state == Slot::State::kFree || run.role != Slot::Role::kAhead) continue;
-    if (std::any_of(run.extents.begin(), run.extents.end(), [&](const std::shared_ptr<Extent>& extent) {
+    if (std::any_of(run.extents.begin(), run.extents.end(), [&](const Ref<Extent>& extent) {
           return std::binary_search(unused.begin(), unused.end(), extent.get());
         })) {
       discard(static_cast<int>(slot));
@@ -276,10 +276,10 @@ bool PageStream::start_one(Worker* worker, Pass* pass) {
   if (index < pass->ahead_count()) {
     const ReadRun& run = pass->next->reads[static_cast<size_t>(index)];
     target.role = Slot::Role::kAhead;
-    for (std::shared_ptr<Extent>& extent : target.extents) worker->extents.push_back(std::move(extent));
+    for (Ref<Extent>& extent : target.extents) worker->extents.push_back(std::move(extent));
     target.extents.clear();
     for (int64_t i = run.use_begin; i < run.use_end; ++i) {
-      const std::shared_ptr<Extent>& extent = pass->next->drive_uses[static_cast<size_t>(i)].page->extent;
+      const Ref<Extent>& extent = pass->next->drive_uses[static_cast<size_t>(i)].page->extent;
       if (target.extents.empty() || target.extents.back() != extent) target.extents.push_back(extent);
     }
     start(worker, slot, run);

@@ -20,10 +20,11 @@ Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path)
 
 Writer::~Writer() { queue_.reset(); }  // waits for what is in flight, before the pages go
 
-void Writer::add(const std::shared_ptr<Page>& page) {
+void Writer::add(const Ref<Page>& page) {
   const int64_t page_bytes = page->page_bytes;
   // A tail comes back soon: an extent of its own is free again at once.
-  auto [offset, extent] = page->sealed ? page->stream->take() : page->stream->take_alone(page_bytes);
+  auto [offset, extent] =
+      page->sealed ? page->home->stream.take() : page->home->stream.take_alone(page_bytes);
   const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == offset;
   if (!batch_.pages.empty() &&
       (!adjacent || batch_.bytes + page_bytes > kWriteBytes || batch_.segments.size() == kSegmentsMax)) {
@@ -68,9 +69,9 @@ void Writer::reap(bool wait) {
     free_tags_.push_back(completion.tag);
     pending_bytes_ -= request.bytes;
     if (completion.error == 0) written_bytes_ += request.bytes;
-    for (std::shared_ptr<Page>& page : request.pages) {
+    for (Ref<Page>& page : request.pages) {
       if (completion.error == 0) {
-        page->arena->release(std::exchange(page->memory, nullptr));
+        page->home->arena->release(std::exchange(page->memory, nullptr));
       } else {
         page->file_offset = -1;
         page->extent.reset();
@@ -97,6 +98,6 @@ void Writer::throw_error() {
                  error);
 }
 
-std::vector<std::shared_ptr<Page>> Writer::take_failed() { return std::exchange(failed_, {}); }
+std::vector<Ref<Page>> Writer::take_failed() { return std::exchange(failed_, {}); }
 
 }  // namespace csd

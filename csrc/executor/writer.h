@@ -22,7 +22,7 @@ class Writer {
 
   // Assigns the page its place and queues it. Throws kNoSpace when the drive has no place; the page is then
   // as before.
-  void add(const std::shared_ptr<Page>& page);
+  void add(const Ref<Page>& page);
   // Starts what add() still holds back to coalesce it.
   void flush();
   // Frees the memory of pages whose write is done. wait: blocks until at least one request is done.
@@ -36,14 +36,14 @@ class Writer {
   // Throws the error of a write that failed since the last call, once. Pages it concerned are back in memory.
   void throw_error();
   // The pages of failed writes, to be kept track of again.
-  std::vector<std::shared_ptr<Page>> take_failed();
+  std::vector<Ref<Page>> take_failed();
 
  private:
   struct Batch {
     int64_t file_offset = 0;
     int64_t bytes = 0;
     int64_t page_bytes = 0;
-    std::vector<std::shared_ptr<Page>> pages;
+    std::vector<Ref<Page>> pages;
     std::vector<iovec> segments;
   };
 
@@ -53,7 +53,7 @@ class Writer {
   std::vector<Batch> requests_;  // by tag
   std::vector<uint64_t> free_tags_;
   std::vector<IoCompletion> completions_;
-  std::vector<std::shared_ptr<Page>> failed_;
+  std::vector<Ref<Page>> failed_;
   int64_t pending_bytes_ = 0;
   int64_t written_bytes_ = 0;
   int error_ = 0;

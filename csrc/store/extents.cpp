@@ -81,11 +81,11 @@ void FileSpace::reserve(int64_t end) {
                  error);
 }
 
-std::shared_ptr<Extent> ExtentStream::new_extent(int64_t page_bytes, int64_t page_count) {
-  return std::allocate_shared<Extent>(PoolAllocator<Extent>(space_->pool()), space_, page_bytes, page_count);
+Ref<Extent> ExtentStream::new_extent(int64_t page_bytes, int64_t page_count) {
+  return Ref<Extent>::make(space_->pool(), space_, page_bytes, page_count);
 }
 
-std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
+std::pair<int64_t, Ref<Extent>> ExtentStream::take() {
   if (current_ == nullptr || current_->full()) {
     // As much as is known to come; else as much again as the row has, so that many short rows take little
     // space and long ones lie in long runs.
@@ -105,7 +105,7 @@ std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take() {
   return {current_->take(), current_};
 }
 
-std::pair<int64_t, std::shared_ptr<Extent>> ExtentStream::take_alone(int64_t page_bytes) {
+std::pair<int64_t, Ref<Extent>> ExtentStream::take_alone(int64_t page_bytes) {
   auto extent = new_extent(page_bytes, 1);
   return {extent->take(), extent};
 }

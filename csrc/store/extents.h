@@ -4,10 +4,11 @@
 #include <cstdint>
 #include <functional>
 #include <map>
-#include <memory>
 #include <string>
+#include <utility>
 
 #include "base/memory_pool.h"
+#include "base/ref.h"
 #include "base/types.h"
 
 namespace csd {
@@ -44,33 +45,35 @@ class FileSpace {
 };
 
 // A run of adjacent pages. Pages and the row that fills it share it; the last to let go gives the space back.
-class Extent {
+class Extent : public Counted {
  public:
-  Extent(std::shared_ptr<FileSpace> space, int64_t page_bytes, int64_t page_count)
-      : space_(std::move(space)),
-        page_bytes_(page_bytes),
-        page_count_(page_count),
-        offset_(space_->allocate(page_bytes * page_count)) {}
-  ~Extent() { space_->release(offset_, page_bytes_ * page_count_); }
-  Extent(const Extent&) = delete;
-  Extent& operator=(const Extent&) = delete;
+  // space: outlives it.
+  Extent(FileSpace* space, int64_t page_bytes, int64_t page_count)
+      : page_bytes_(static_cast<int32_t>(page_bytes)),
+        page_count_(static_cast<int32_t>(page_count)),
+        space_(space),
+        offset_(space->allocate(page_bytes * page_count)) {}
+  ~Extent() { space_->release(offset_, int64_t{page_bytes_} * page_count_); }
 
+  MemoryPool* pool() const { return space_->pool(); }
   bool full() const { return next_ == page_count_; }
-  int64_t take() { return offset_ + page_bytes_ * next_++; }
+  int64_t take() { return offset_ + int64_t{page_bytes_} * next_++; }
 
  private:
-  std::shared_ptr<FileSpace> space_;
-  const int64_t page_bytes_;
-  const int64_t page_count_;
+  const int32_t page_bytes_;
+  const int32_t page_count_;
+  int32_t next_ = 0;
+  FileSpace* const space_;
   const int64_t offset_;
-  int64_t next_ = 0;
 };
 
 // Where a row's pages go as they are written: one extent after another, so that they lie side by side.
 class ExtentStream {
  public:
-  ExtentStream(std::shared_ptr<FileSpace> space, int64_t page_bytes)
-      : space_(std::move(space)), page_bytes_(page_bytes) {}
+  // space: outlives it.
+  ExtentStream(FileSpace* space, int64_t page_bytes) : space_(space), page_bytes_(page_bytes) {}
+
+  MemoryPool* pool() const { return space_->pool(); }
 
   // The coming writes are likely to be this many pages: the next extent is made that long (within limits).
   void expect(int64_t page_count) { expected_pages_ = page_count; }
@@ -82,18 +85,18 @@ class ExtentStream {
   }
 
   // The next place for a page, and the extent that it keeps alive.
-  std::pair<int64_t, std::shared_ptr<Extent>> take();
+  std::pair<int64_t, Ref<Extent>> take();
   // The same, away from the others: for a page that will not stay.
-  std::pair<int64_t, std::shared_ptr<Extent>> take_alone(int64_t page_bytes);
+  std::pair<int64_t, Ref<Extent>> take_alone(int64_t page_bytes);
 
  private:
-  std::shared_ptr<Extent> new_extent(int64_t page_bytes, int64_t page_count);
+  Ref<Extent> new_extent(int64_t page_bytes, int64_t page_count);
 
-  std::shared_ptr<FileSpace> space_;
+  FileSpace* const space_;
   const int64_t page_bytes_;
   int64_t expected_pages_ = 0;
   int64_t taken_pages_ = 0;
-  std::shared_ptr<Extent> current_;
+  Ref<Extent> current_;
 };
 
 }  // namespace csd

@@ -4,62 +4,76 @@
 
 #include <cstdint>
 #include <deque>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/memory_pool.h"
+#include "base/ref.h"
 #include "base/types.h"
 #include "store/arena.h"
+#include "store/candidates.h"
 #include "store/extents.h"
 
 namespace csd {
 
-// Which of the drive's lists of pages that may leave memory has a page.
-enum class Listed : uint8_t { kNo, kTail, kSealed };
+// Where the pages that a row fills are kept: the same for all of them, so that none has to keep it.
+struct Home : Counted {
+  Home(Arena* arena, Candidates* candidates, FileSpace* space, int64_t page_bytes)
+      : arena(arena), candidates(candidates), stream(space, page_bytes) {}
+
+  MemoryPool* pool() const { return stream.pool(); }
+
+  Arena* const arena;  // both outlive every page
+  Candidates* const candidates;
+  ExtentStream stream;  // where pages go when they have to leave memory
+};
 
 // kPageTokens tokens of one row of one layer, for all kv heads. It is in memory, or on the drive, or (while
 // it is being written) in both. Rows share pages; a page that is shared or written is never modified again.
-struct Page {
-  Page(Arena* arena, const PageLayout& layout)
-      : arena(arena), page_bytes(layout.page_bytes()), quantised(layout.code_bits != 0) {}
+struct Page : Counted {
+  Page(Ref<Home> home, const PageLayout& layout)
+      : page_bytes(static_cast<int32_t>(layout.page_bytes())),
+        quantised(layout.code_bits != 0),
+        home(std::move(home)) {}
   ~Page() {
-    if (memory != nullptr) arena->release(memory);
+    home->candidates->remove(this);
+    if (memory != nullptr) home->arena->release(memory);
   }
-  Page(const Page&) = delete;
-  Page& operator=(const Page&) = delete;
 
+  MemoryPool* pool() const { return home->pool(); }
   bool writable() const { return memory != nullptr && file_offset < 0; }  // by its only owner
   bool evictable() const { return writable() && !pinned; }
 
-  Arena* const arena;  // outlives every page
-  const int64_t page_bytes;
-  const bool quantised;  // else of full precision
+  uint32_t place = 0;  // in the list of candidates that has it
   uint8_t* memory = nullptr;
+  int64_t file_offset = -1;  // where it is, or is being written
+  const int32_t page_bytes;  // at most 16 MiB: see Drive::create_layer
+  const bool quantised;      // else of full precision
   bool sealed = false;  // full and as it will stay, so that it may leave memory at no cost to the next append
   bool pinned = false;  // being filled, or read to fill another
   Listed listed = Listed::kNo;
-  int64_t file_offset = -1;              // where it is, or is being written
-  std::shared_ptr<ExtentStream> stream;  // where it will go when it has to leave memory
-  std::shared_ptr<Extent> extent;        // keeps file_offset ours
+  const Ref<Home> home;
+  Ref<Extent> extent;  // keeps file_offset ours
 };
 
+// An int4 page may be as small as 72 KiB, and what is kept about it a thousandth of that: this, a pointer in
+// the row's table and a share of an extent.
+static_assert(sizeof(Page) <= 48);
+
 // Page i holds tokens [i * kPageTokens, + kPageTokens), from a row's first page on.
-using PageTable = std::deque<std::shared_ptr<Page>, PoolAllocator<std::shared_ptr<Page>>>;
+using PageTable = std::deque<Ref<Page>, PoolAllocator<Ref<Page>>>;
 
 // One sequence of the batch. Positions are absolute: dropping old tokens does not renumber the rest.
 struct Row {
-  Row(MemoryPool* pool, std::shared_ptr<ExtentStream> stream)
-      : pages(PoolAllocator<std::shared_ptr<Page>>(pool)), stream(std::move(stream)) {}
+  Row(MemoryPool* pool, Ref<Home> home) : pages(PoolAllocator<Ref<Page>>(pool)), home(std::move(home)) {}
 
   PageTable pages;
   int64_t first_page = 0;
   int64_t length = 0;  // tokens appended and not truncated
-  std::shared_ptr<ExtentStream> stream;
+  Ref<Home> home;      // of the pages that it will fill
 
   int64_t end_page() const { return first_page + static_cast<int64_t>(pages.size()); }
-  const std::shared_ptr<Page>& page(int64_t index) const {
-    return pages[static_cast<size_t>(index - first_page)];
-  }
+  const Ref<Page>& page(int64_t index) const { return pages[static_cast<size_t>(index - first_page)]; }
   void truncate(int64_t new_length) {
     length = new_length;
     while (end_page() > (length + kPageTokens - 1) / kPageTokens && !pages.empty()) pages.pop_back();
