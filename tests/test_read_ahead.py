@@ -299,6 +299,20 @@ def test_memory_for_reads_grows_with_what_a_pass_reads_and_is_given_back(make_st
     assert store.stats()["pages_on_drive"] == 0
 
 
+def test_nothing_is_set_aside_for_reads_ahead_before_there_are_any(make_store):
+    store = make_store(memory_budget="192MiB")
+    dense = fill(store, 1, 64 * 64, heads=32, dim=128)  # 128 MiB of 136
+    assert store.stats()["pages_on_drive"] == 0
+    dense = [extend(store, 0, dense[0], 64 * 16)]  # 160 MiB
+    before = store.stats()
+    for _ in range(30):
+        dense = [extend(store, 0, dense[0], 1)]
+        store.attend(0, torch.randn(1, 32, 1, 128))
+    after = store.stats()
+    assert after["pages_on_drive"] > before["pages_on_drive"] > 0
+    assert after["staging_bytes"] > before["staging_bytes"] and after["memory_used_bytes"] <= 192 * MIB
+
+
 def test_memory_for_reads_leaves_room_for_the_tails(make_store):
     store = make_store(memory_budget="16MiB", threads=2)
     dense = fill(store, 2, 64 * 20, batch=20)  # 25 MiB each, tails of 1.25 MiB each

@@ -108,8 +108,8 @@ class KVStore:
         queue_depth: reads in flight during a call, all workers together.
         read_ahead: memory for what is read before it is needed, while the caller computes: attention that goes over
             the layers in the same order again and again finds its next pages there. Part of ``memory_budget``.
-            ``None``: up to 256 MiB, at most 3/8 of the budget, and more, up to 3/4, where a call reads more than twice
-            that from the drive; ``0``: nothing is read ahead.
+            ``None``: as much as a call reads, up to 256 MiB and 3/8 of the budget, or half of that, up to 3/4 of the
+            budget; ``0``: nothing is read ahead.
         simd: ``"serial"``, ``"avx2"``, ``"avx512"``, ``"avx512vnni"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest
             there is.
         resident: ``False`` sends every full page to the drive even if there is room in memory (cold benchmarks).

@@ -29,16 +29,21 @@ int64_t in_steps(int64_t bytes) {
   return bytes / step * step;
 }
 
-// How memory_budget is divided; the arena has the rest. read_ahead_bytes: as in DriveOptions.
+// How memory_budget is divided to begin with; the arena has the rest. read_ahead_bytes: as in DriveOptions.
 int64_t staging_bytes(int64_t budget_bytes, int64_t read_ahead_bytes) {
-  const int64_t bytes = read_ahead_bytes < 0
-                            ? std::min(kAheadStagingBytesMax, budget_bytes / 8 * 3)
-                            : std::min(kStagingBytesMax, budget_bytes / 4) + read_ahead_bytes;
-  return in_steps(bytes);
+  return in_steps(read_ahead_bytes < 0 ? std::min(kStagingBytesMax, budget_bytes / 8 * 3)
+                                       : std::min(kStagingBytesMax, budget_bytes / 4) + read_ahead_bytes);
 }
 
-// Staging memory may grow to this where passes are wide; the arena keeps what is left.
-int64_t staging_bytes_max(int64_t budget_bytes) { return budget_bytes / 4 * 3; }
+// What staging memory is worth having beside resident pages, when the pass that reads most reads so much. A
+// pass ahead, as long as that is cheap. Where budgets are small, as much as the drive reads while a model
+// computes for half of the time that the pass's reads take: a byte of it hides a byte of reading at every
+// pass, where one of a resident page saves a byte only at every step.
+int64_t useful_staging_bytes(int64_t budget_bytes, int64_t pass_bytes) {
+  const int64_t cheap = std::min(kAheadStagingBytesMax, budget_bytes / 8 * 3);
+  return std::max(std::min(staging_bytes(budget_bytes, -1) + pass_bytes, cheap),
+                  std::min(pass_bytes / 2, budget_bytes / 4 * 3));
+}
 
 int64_t scratch_bytes(int64_t budget_bytes) { return std::min(kScratchBytesMax, budget_bytes / 8); }
 
@@ -394,9 +399,7 @@ void Drive::seal(const Ref<Page>& page) {
 
 int64_t Drive::write_window() const { return std::min(kWriteWindowBytes, arena_->limit_bytes() / 4); }
 
-// What staging memory is worth having: as much as the drive reads while a model computes for half of the time
-// that a pass's reads take. A byte of it hides a byte of reading at every pass, where one of a resident page
-// saves a byte only at every step.
+// The same, in what the tails leave.
 int64_t Drive::useful_staging() const {
   const int64_t budget = options_.memory_budget_bytes;
   const int64_t least = staging_bytes(budget, options_.read_ahead_bytes);
@@ -406,8 +409,9 @@ int64_t Drive::useful_staging() const {
     tails +=
         rows * (layer.geometry.quantised() ? kTailPages : 1) * layer.geometry.full_precision().page_bytes();
   }
-  const int64_t most = std::min(staging_bytes_max(budget), budget - scratch_bytes_max_ - 2 * tails);
-  return std::max(least, in_steps(std::min({stream_->widest_pass_bytes() / 2, most, staging_bytes_limit_})));
+  const int64_t most = std::min(budget - scratch_bytes_max_ - 2 * tails, staging_bytes_limit_);
+  return std::max(least,
+                  in_steps(std::min(useful_staging_bytes(budget, stream_->widest_pass_bytes()), most)));
 }
 
 // Before an append: moves memory between the arena and staging, a little at a time while pages have to be

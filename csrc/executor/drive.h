@@ -2,7 +2,7 @@
 // call this.
 //
 // Thread-safe: one call at a time, in the order in which they came. memory_budget is divided: staging for
-// reads in flight and ahead, which grows with what a pass reads, scratch for partial results, and the arena,
+// reads in flight and ahead, which grows with what passes read, scratch for partial results, and the arena,
 // which holds the tails and, in what is left, full pages that then never have to be read. A page that finds
 // no room is written and leaves memory; even a tail may, so any budget above the minimum holds any context.
 #pragma once

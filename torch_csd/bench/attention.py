@@ -455,10 +455,6 @@ def metadata_row(settings: Settings, report: Report, sizes: Sizes, shape: Shape)
         share = max(growth, 0) / max(kv, 1)
         sources = f"page tables, and what malloc gave out; resident set {resident / 2**20:+.2f} MiB"
         how = "resident set" if heap is None else sources
-        dense = half * shape.token_bytes(base)
         note = f"{growth / 1024:.0f} KiB for {kv / 2**20:.0f} MiB of pages ({how})"
-        if dtype == base and sizes.context >= BAR_CONTEXT:
-            report.add(Row(name, 100 * share, "%", note=note, bar="<= 0.1", met=share <= METADATA_BAR))
-        else:
-            note += f"; {100 * max(growth, 0) / dense:.3f} % of the same K and V in {dtype_name(base)}"
-            report.add(Row(name, 100 * share, "%", note=note))
+        bar = {"bar": "<= 0.1", "met": share <= METADATA_BAR} if sizes.context >= BAR_CONTEXT else {}
+        report.add(Row(name, 100 * share, "%", note=note, **bar))

@@ -20,17 +20,21 @@ def token_bytes(dtype: torch.dtype) -> int:
     return LAYERS * 2 * KV_HEADS * HEAD_DIM * dtype_bytes(dtype)
 
 
-def small_llama(dtype: torch.dtype, attn_implementation: str) -> LlamaForCausalLM:
-    """Hidden 512, 8 layers, 8 heads and 4 kv heads of 64, with random weights: the same ones for every call."""
+def small_llama(dtype: torch.dtype, attn_implementation: str, *, times_wider: int = 1) -> LlamaForCausalLM:
+    """Hidden 512, 8 layers, 8 heads and 4 kv heads of 64, with random weights: the same ones for every call.
+
+    times_wider multiplies all but the kv heads: more arithmetic over the same cache.
+    """
     config = LlamaConfig(
-        hidden_size=HEADS * HEAD_DIM,
-        intermediate_size=1376,
+        hidden_size=times_wider * HEADS * HEAD_DIM,
+        intermediate_size=times_wider * 1376,
         num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        num_attention_heads=times_wider * HEADS,
         num_key_value_heads=KV_HEADS,
         vocab_size=1024,
         max_position_embeddings=2**20,
         attn_implementation=attn_implementation,
+        head_dim=HEAD_DIM,
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype).eval()

@@ -224,7 +224,9 @@ def prefill(
     threads: Threads = None,
     io_engine: IoEngine = "auto",
     kv_dtype: KvDtype = "bfloat16,int8,int4",
-    rounds: Rounds = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Interleaved rounds, for medians. Default: 5, quick: 3.")
+    ] = None,
     quick: Quick = False,
     json_to: Json = None,
     plot: Plot = None,
@@ -235,6 +237,7 @@ def prefill(
 
         tokens = parse_count(prompt or ("1k" if quick else "8k"))
         chunk_tokens = parse_count(chunk or "512")
+        rounds = rounds or (3 if quick else 5)
         settings = _settings(directory, memory_budget, threads, io_engine, kv_dtype, rounds, quick, json_to, plot)
         from torch_csd.bench import prefill as bench
         from torch_csd.bench.report import Report
