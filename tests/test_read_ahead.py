@@ -117,6 +117,18 @@ def test_a_changed_order_wastes_reads_and_nothing_else(make_store, io_engine, or
     assert stats["read_ahead_bytes"] + stats["read_ahead_wasted_bytes"] <= stats["drive_read_bytes"]
 
 
+def test_a_pass_reads_its_pages_although_reads_ahead_fill_the_queue(make_store, io_engine):
+    store = make_store(io_engine=io_engine, resident=False, threads=1, queue_depth=2, memory_budget="16MiB")
+    expected = []
+    q = torch.randn(1, 2 * HEADS, 1, DIM)
+    for k, v in fill(store, 3, 64 * 80):
+        expected.append(reference.attention(q, k, v)[0])
+    for _ in range(60):
+        order = [0, 1, 2, 0, 1, 2, 0, 0]  # the last finds nothing of its own, and layer 1 on its way
+        for layer, out in [(layer, store.attend(layer, q)[0]) for layer in order]:
+            assert_attention_equal(out, expected[layer])
+
+
 def test_callers_in_random_order_stop_wasting_reads(make_store):
     store = make_store(resident=False)
     dense = fill(store, 8, 640)
