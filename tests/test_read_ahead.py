@@ -117,6 +117,18 @@ def test_a_changed_order_wastes_reads_and_nothing_else(make_store, io_engine, or
     assert stats["read_ahead_bytes"] + stats["read_ahead_wasted_bytes"] <= stats["drive_read_bytes"]
 
 
+def test_a_pass_reads_its_pages_although_reads_ahead_fill_the_queue(make_store, io_engine):
+    store = make_store(io_engine=io_engine, resident=False, threads=1, queue_depth=2, memory_budget="16MiB")
+    expected = []
+    q = torch.randn(1, 2 * HEADS, 1, DIM)
+    for k, v in fill(store, 3, 64 * 80):
+        expected.append(reference.attention(q, k, v)[0])
+    for _ in range(60):
+        order = [0, 1, 2, 0, 1, 2, 0, 0]  # the last finds nothing of its own, and layer 1 on its way
+        for layer, out in [(layer, store.attend(layer, q)[0]) for layer in order]:
+            assert_attention_equal(out, expected[layer])
+
+
 def test_callers_in_random_order_stop_wasting_reads(make_store):
     store = make_store(resident=False)
     dense = fill(store, 8, 640)
@@ -320,6 +332,54 @@ def test_memory_for_reads_leaves_room_for_the_tails(make_store):
     stats = store.stats()
     assert stats["staging_bytes"] <= 16 * MIB - 2 * MIB - 2 * 40 * PAGE_BYTES
     assert stats["tail_spills"] == 0
+
+
+def grown_store(make_store, budget, tokens):
+    """A store whose memory for reads has grown to all that it may be, 3/4 of the budget, for a long layer 0."""
+    store = make_store(memory_budget=budget, threads=2)
+    fill(store, 1, tokens)
+    for _ in range(100):
+        store.append(0, *random_kv(1, HEADS, 1, DIM))
+        store.attend(0, torch.zeros(1, HEADS, 1, DIM))
+        store.flush()
+        if store.stats()["staging_bytes"] * 4 == store.stats()["memory_budget_bytes"] * 3:
+            return store
+    raise AssertionError("the memory for reads did not grow")
+
+
+def test_memory_for_reads_leaves_room_for_a_layer_of_larger_pages(make_store):
+    store = grown_store(make_store, "24MiB", 64 * 760)
+    empty = torch.empty(1, 13, 0, 512)
+    dense = extend(store, 1, (empty, empty), 1)  # a page takes 3.25 MiB, where 3 are left
+    store.reorder(1, [0, 0])
+    dense = extend(store, 1, tuple(t[[0, 0]] for t in dense), 70)
+    attend_and_check(store, 1, dense)
+    assert store.stats()["memory_used_bytes"] <= 24 * MIB
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers", "batch", "dims"),
+    [("16MiB", 1, 24, [128]), ("24MiB", 26, 1, [128]), ("2MiB", 5, 1, [8, 16, 24, 40, 48])],
+    ids=["a large batch", "many layers", "many sizes"],
+)
+def test_memory_for_reads_leaves_room_for_tails_that_come_later(make_store, budget, layers, batch, dims):
+    store = grown_store(make_store, budget, 64 * 760)
+    for step in range(8):
+        for layer in range(1, layers + 1):
+            store.append(layer, *random_kv(batch, HEADS, 1, dims[(layer - 1) % len(dims)], seed=step))
+    assert store.stats()["tail_spills"] <= 1
+
+
+def test_memory_that_reads_were_to_get_is_pages_again_when_they_need_it_no_more(make_store):
+    store = make_store(memory_budget="16MiB", threads=2)
+    dense = fill(store, 1, 64 * 640)
+    for _ in range(3):  # pages leave memory a little at a time
+        dense = [extend(store, 0, dense[0], 1)]
+        attend_and_check(store, 0, dense[0])
+    assert store.stats()["staging_bytes"] <= 6 * MIB, "this test is about the time before it has grown"
+    store.free(0)
+    fill(store, 2, 64 * 60)  # 7.5 MiB of 8
+    assert store.stats()["pages_on_drive"] == 0
 
 
 def test_a_store_is_closed_while_reads_are_under_way(make_store, io_engine):

@@ -202,7 +202,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   settle_writes();
-  if (options_.read_ahead_bytes < 0) divide_budget(layer);
+  if (options_.read_ahead_bytes < 0) divide_budget(layer, request.row_count);
   const bool was_empty = layer.rows.empty();
   if (was_empty) {
     for (int64_t i = 0; i < request.row_count; ++i) layer.rows.push_back(new_row(layer.geometry));
@@ -399,24 +399,25 @@ void Drive::seal(const Ref<Page>& page) {
 
 int64_t Drive::write_window() const { return std::min(kWriteWindowBytes, arena_->limit_bytes() / 4); }
 
-// The same, in what the tails leave.
-int64_t Drive::useful_staging() const {
-  const int64_t budget = options_.memory_budget_bytes;
-  const int64_t least = staging_bytes(budget, options_.read_ahead_bytes);
-  int64_t tails = 0;
-  for (const auto& [id, layer] : layers_) {
-    const auto rows = std::max<int64_t>(1, static_cast<int64_t>(layer.rows.size()));
-    tails +=
-        rows * (layer.geometry.quantised() ? kTailPages : 1) * layer.geometry.full_precision().page_bytes();
+// What the tails leave of the budget for staging, with as much again of the arena for pages that come and go.
+// row_count: of the layer, if it has no rows yet.
+int64_t Drive::staging_room(const Layer& layer, int64_t row_count) const {
+  std::map<int64_t, int64_t> pages;  // by size, because pages of a size lie in chunks of their own
+  for (const auto& [id, other] : layers_) {
+    const Geometry& geometry = other.geometry;
+    auto rows = static_cast<int64_t>(other.rows.size());
+    if (rows == 0) rows = &other == &layer ? row_count : 1;
+    pages[geometry.full_precision().page_bytes()] += 2 * rows * (geometry.quantised() ? kTailPages : 1);
+    if (geometry.quantised()) pages[geometry.stored().page_bytes()]++;
   }
-  const int64_t most = std::min(budget - scratch_bytes_max_ - 2 * tails, staging_bytes_limit_);
-  return std::max(least,
-                  in_steps(std::min(useful_staging_bytes(budget, stream_->widest_pass_bytes()), most)));
+  int64_t room = options_.memory_budget_bytes - scratch_bytes_max_;
+  for (const auto& [page_bytes, count] : pages) room -= arena_->bytes_for(page_bytes, count);
+  return room;
 }
 
 // Before an append: moves memory between the arena and staging, a little at a time while pages have to be
-// written for it. In large steps, because what is staged is lost.
-void Drive::divide_budget(const Layer& layer) {
+// written for it. In large steps, because what is staged is lost; but tails get their room at once.
+void Drive::divide_budget(const Layer& layer, int64_t row_count) {
   const auto is_empty = [](const Row& row) { return row.length == 0; };
   if (std::all_of(layer.rows.begin(), layer.rows.end(), is_empty)) {  // something begins: it may be smaller
     int64_t widest = 0;
@@ -428,11 +429,20 @@ void Drive::divide_budget(const Layer& layer) {
     stream_->limit_widest_pass(widest);
     staging_bytes_limit_ = std::numeric_limits<int64_t>::max();
   }
+  const int64_t budget = options_.memory_budget_bytes;
+  const int64_t rest = budget - scratch_bytes_max_;
   const int64_t now = stream_->staging_bytes();
-  const int64_t wanted = useful_staging();
-  if (wanted <= now + now / 4 && wanted >= now - now / 4) return;
-  const int64_t rest = options_.memory_budget_bytes - scratch_bytes_max_;
+  const int64_t room = staging_room(layer, row_count);
+  const int64_t useful = useful_staging_bytes(budget, stream_->widest_pass_bytes());
+  const int64_t wanted = std::max(staging_bytes(budget, options_.read_ahead_bytes),
+                                  in_steps(std::min({useful, room, staging_bytes_limit_})));
+  const bool crowded = now > room && wanted < now;
+  if (!crowded && wanted <= now + now / 4 && wanted >= now - now / 4) {
+    arena_->set_limit(rest - now);  // it was lower if the staging memory was about to grow
+    return;
+  }
   arena_->set_limit(rest - wanted);
+  bool stuck = false;
   try {
     while (arena_->mapped_bytes() > arena_->limit_bytes() && writer_->pending_bytes() < write_window() &&
            evict_one(false)) {
@@ -440,10 +450,11 @@ void Drive::divide_budget(const Layer& layer) {
     writer_->flush();
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::kNoSpace) throw;
+    stuck = true;
   }
   if (arena_->mapped_bytes() <= arena_->limit_bytes()) {
     stream_->resize(wanted);
-  } else if (writer_->idle()) {  // what is left cannot go
+  } else if (stuck || writer_->idle()) {  // what is left cannot go
     arena_->set_limit(rest - now);
     staging_bytes_limit_ = now;
   }

@@ -119,8 +119,8 @@ class Drive {
   void list_again(const Packer::Job& job);
   void write_behind(int64_t appended_bytes);
   int64_t write_window() const;
-  int64_t useful_staging() const;
-  void divide_budget(const Layer& layer);
+  int64_t staging_room(const Layer& layer, int64_t row_count) const;
+  void divide_budget(const Layer& layer, int64_t row_count);
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one(bool tails_too = true);
   void seal(const Ref<Page>& page);

@@ -368,6 +368,7 @@ void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int
     begin(&pass);
     try {
       pool_.run(worker_count, [&](int number) { this->work(number, &pass); });
+      CSD_CHECK(pass.failed || pass.next_read >= pass.read_count(), "a pass ended before its reads began");
     } catch (...) {
       pass.failed = true;
       end(&pass);
@@ -467,6 +468,7 @@ void PageStream::work(int number, Pass* pass) {
   const Plan& plan = *pass->plan;
   const auto memory_count = static_cast<int64_t>(plan.memory_uses.size());
   const int in_flight_max = std::max(2, queue_depth_ / pool_.worker_count());
+  int in_flight_limit = 0;
   const bool reads = pass->reads();
   const int64_t start_ns = now_ns();
   int64_t wait_ns = 0;
@@ -474,7 +476,8 @@ void PageStream::work(int number, Pass* pass) {
     for (;;) {
       if (reads) {
         Worker* own = workers_[static_cast<size_t>(number)].get();
-        fill(own, pass, std::min(in_flight_max, own->queue->depth()));
+        in_flight_limit = std::min(in_flight_max, own->queue->depth());
+        fill(own, pass, in_flight_limit);
         for (size_t i = static_cast<size_t>(number); i < workers_.size();
              i += static_cast<size_t>(pass->worker_count)) {
           if (workers_[i]->queue->in_flight() > 0) reap(workers_[i].get(), false, pass);
@@ -482,7 +485,7 @@ void PageStream::work(int number, Pass* pass) {
         // What has landed first: its slot goes back to reading.
         const int slot = take(&landed_);
         if (slot >= 0) {
-          fill(own, pass, std::min(in_flight_max, own->queue->depth()));
+          fill(own, pass, in_flight_limit);
           consume(number, slot, pass);
           continue;
         }
@@ -503,9 +506,15 @@ void PageStream::work(int number, Pass* pass) {
            i += static_cast<size_t>(pass->worker_count)) {
         Worker* worker = workers_[i].get();
         if (worker->queue->in_flight() == 0) continue;
-        if (worker->needed > 0 || (wants_slot && worker->discarded > 0)) waits_for = worker;
+        // Reads ahead may fill the queue that a read of the pass has to go through. (Where they landed since
+        // this worker last tried to start one, it tries again below.)
+        const bool crowded = worker->number == number && worker->queue->in_flight() >= in_flight_limit;
+        if (worker->needed > 0 || (wants_slot && (worker->discarded > 0 || crowded))) waits_for = worker;
       }
-      if (waits_for == nullptr) break;
+      if (waits_for == nullptr) {
+        if (wants_slot && start_one(workers_[static_cast<size_t>(number)].get(), pass)) continue;
+        break;
+      }
       const int64_t wait_start_ns = now_ns();
       reap(waits_for, true, pass);
       wait_ns += now_ns() - wait_start_ns;

@@ -33,17 +33,22 @@ void Arena::set_limit(int64_t bytes) {
   if (mapped_bytes_ > limit_bytes_) unmap_empty_chunks();
 }
 
+int64_t Arena::bytes_for(int64_t page_bytes, int64_t page_count) const {
+  if (!shares_chunk(page_bytes)) return page_count * page_bytes;
+  const int64_t pages_per_chunk = chunk_bytes_ / page_bytes;
+  return (page_count + pages_per_chunk - 1) / pages_per_chunk * chunk_bytes_;
+}
+
 uint8_t* Arena::allocate(int64_t page_bytes) {
   std::vector<uint8_t*>& open = open_chunks_[page_bytes];
   if (open.empty()) {
-    const bool shares_chunk = page_bytes * 2 <= chunk_bytes_;
     uint8_t* base = nullptr;
     int64_t bytes = chunk_bytes_;
-    if (shares_chunk && !empty_chunks_.empty()) {
+    if (shares_chunk(page_bytes) && !empty_chunks_.empty()) {
       base = empty_chunks_.back();
       empty_chunks_.pop_back();
     } else {
-      if (!shares_chunk) bytes = page_bytes;
+      if (!shares_chunk(page_bytes)) bytes = page_bytes;
       if (mapped_bytes_ + bytes > limit_bytes_) unmap_empty_chunks();
       if (mapped_bytes_ + bytes > limit_bytes_) return nullptr;
       base = map_memory(bytes, "KV pages");

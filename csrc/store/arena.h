@@ -21,6 +21,9 @@ class Arena {
   uint8_t* allocate(int64_t page_bytes);
   void release(uint8_t* page);
 
+  // What so many pages take, in chunks that they share with no other size.
+  int64_t bytes_for(int64_t page_bytes, int64_t page_count) const;
+
   int64_t limit_bytes() const { return limit_bytes_; }
   // Where more than that is mapped, allocate() finds no room until enough was released.
   void set_limit(int64_t bytes);
@@ -34,6 +37,7 @@ class Arena {
     std::vector<uint32_t> free_slots;
   };
 
+  bool shares_chunk(int64_t page_bytes) const { return page_bytes * 2 <= chunk_bytes_; }
   void unmap_empty_chunks();
 
   int64_t limit_bytes_;
