@@ -67,7 +67,7 @@ class UringQueue : public IoQueue {
   UringQueue(int fd, int depth, const std::vector<iovec>& buffers)
       : fd_(fd), alignment_bytes_(resume_alignment_bytes(fd)), transfers_(depth) {
     for (int slot = depth - 1; slot >= 0; slot--) free_slots_.push_back(slot);
-    open_ring(depth, &ring_);
+    open_ring(2 * depth, &ring_);  // for a request of each slot, and one that takes it back
     file_registered_ = io_uring_register_files(&ring_, &fd_, 1) == 0;
     // ENOMEM where RLIMIT_MEMLOCK is small (8 MiB for ordinary users): requests then name their memory.
     if (!buffers.empty() &&
@@ -128,7 +128,9 @@ class UringQueue : public IoQueue {
  private:
   static constexpr int kRefusalsMax = 1000;  // of one millisecond each
 
-  int held_by_kernel() const { return in_flight() - static_cast<int>(io_uring_sq_ready(&ring_)); }
+  int held_by_kernel() const {
+    return in_flight() - (static_cast<int>(io_uring_sq_ready(&ring_)) - unsent_cancels_);
+  }
 
   // The index of the registered buffer that holds all of the segment, or -1.
   int registered_index(const iovec& segment) const {
@@ -175,6 +177,7 @@ class UringQueue : public IoQueue {
     while (io_uring_sq_ready(&ring_) > 0) {
       const int result = io_uring_submit(&ring_);
       if (result < 0 && !passing(-result)) throw io_error("io_uring", "submitting a request", -result);
+      unsent_cancels_ = std::max(0, unsent_cancels_ - std::max(0, result));  // they are the first in the ring
       if (result <= 0 && result != -EINTR) return;
     }
   }
@@ -192,7 +195,7 @@ class UringQueue : public IoQueue {
 
   // Each comes back as ECANCELED, after which a transfer tries again; what has begun goes on.
   void take_back_unbegun() {
-    if (io_uring_sq_ready(&ring_) > 0) return;  // the kernel takes none at the moment: there may be no room
+    if (io_uring_sq_ready(&ring_) > 0) return;  // the kernel takes none at the moment
     std::vector<uint8_t> is_free(transfers_.size(), 0);
     for (const int slot : free_slots_) is_free[static_cast<size_t>(slot)] = 1;
     for (size_t slot = 0; slot < transfers_.size(); slot++) {
@@ -201,6 +204,7 @@ class UringQueue : public IoQueue {
       // io_uring_prep_cancel() takes its argument as a pointer or as a number, depending on the version.
       io_uring_prep_rw(IORING_OP_ASYNC_CANCEL, sqe, -1, reinterpret_cast<const void*>(slot), 0, 0);
       io_uring_sqe_set_data64(sqe, kNoSlot);
+      unsent_cancels_++;
     }
     push();
   }
@@ -240,6 +244,7 @@ class UringQueue : public IoQueue {
   std::vector<iovec> registered_;    // empty where registering failed
   std::vector<Transfer> transfers_;  // one per slot, as many as the depth
   std::vector<int> free_slots_;
+  int unsent_cancels_ = 0;  // prepared, not handed to the kernel yet
 };
 
 class UringEngine : public IoEngine {
