@@ -23,9 +23,9 @@ constexpr int kWriteDepth = 64;
 constexpr int64_t kTailPages = 2;         // of full precision, at most, where older ones are quantised
 constexpr int64_t kPackBytes = 8 * kMiB;  // of pages packed together
 
+// Rounded down to whole huge pages (see base/mapped_memory.h), or to blocks where there is less than one.
 int64_t in_steps(int64_t bytes) {
-  const int64_t step =
-      bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;  // whole huge pages: see base/mapped_memory.h
+  const int64_t step = bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;
   return bytes / step * step;
 }
 
