@@ -415,7 +415,8 @@ class KVStore:
         """What the drive did: which engine and why, bytes by path, time waiting for I/O against computing.
 
         Bytes that were moved and ``*_s`` count from the opening of the drive and include all forks. ``io_wait_s`` and
-        ``compute_s`` are summed over workers. ``metadata_bytes`` is what page tables take, besides ``memory_budget``.
+        ``compute_s`` are summed over workers. ``metadata_bytes`` is what page tables take, besides ``memory_budget``;
+        ``staging_bytes`` is the part of the budget that reads in flight and ahead have at the moment.
         """
         self._check_open()
         return ops.stats(self._drive.handle)
