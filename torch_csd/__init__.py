@@ -19,6 +19,7 @@ from torch_csd.errors import (
     MemoryBudgetError,
     StaleTensorError,
     StoreClosedError,
+    StoreCorruptError,
     StoreError,
     StoreFullError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "StaleTensorError",
     "StorageTensor",
     "StoreClosedError",
+    "StoreCorruptError",
     "StoreError",
     "StoreFullError",
     "__version__",

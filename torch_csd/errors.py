@@ -19,5 +19,9 @@ class StaleTensorError(StoreError):
     """A StorageTensor stands for tokens that were reordered, truncated or trimmed since it was made."""
 
 
+class StoreCorruptError(StoreError):
+    """What the drive holds is not what was written there: a damaged page, file or catalogue."""
+
+
 class MemoryBudgetError(ValueError):
     """``memory_budget`` is smaller than what the layer's pages need at the least."""

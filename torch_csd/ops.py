@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 import torch_csd._C  # noqa: F401  (loading it registers the ops)
-from torch_csd.errors import MemoryBudgetError, StaleTensorError, StoreClosedError, StoreError, StoreFullError
+from torch_csd.errors import (
+    MemoryBudgetError,
+    StaleTensorError,
+    StoreClosedError,
+    StoreCorruptError,
+    StoreError,
+    StoreFullError,
+)
 
 _ops = torch.ops.torch_csd
 _P = ParamSpec("_P")
@@ -32,6 +39,7 @@ _ERRORS: dict[str, type[Exception]] = {
     "stale": StaleTensorError,
     "nospace": StoreFullError,
     "budget": MemoryBudgetError,
+    "corrupt": StoreCorruptError,
     "internal": RuntimeError,
 }
 

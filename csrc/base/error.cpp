@@ -22,6 +22,8 @@ const char* tag(ErrorKind kind) {
       return "[csd:nospace] ";
     case ErrorKind::kBudget:
       return "[csd:budget] ";
+    case ErrorKind::kCorrupt:
+      return "[csd:corrupt] ";
     case ErrorKind::kInternal:
       return "[csd:internal] ";
   }

@@ -16,6 +16,7 @@ enum class ErrorKind {
   kStale,     // StaleTensorError: a view of tokens that are gone
   kNoSpace,   // StoreFullError: the drive is full
   kBudget,    // MemoryBudgetError: memory_budget cannot hold the minimum
+  kCorrupt,   // StoreCorruptError: bytes on the drive are not what was written
   kInternal,  // RuntimeError: a broken invariant of ours
 };
 

@@ -64,7 +64,7 @@ std::vector<std::vector<PageUse>> ReadAhead::after(PassKey pass, int64_t bytes_m
         const Page* page = row.page(index).get();
         if (page->memory != nullptr || !page->sealed) continue;
         uses.push_back({page, range.row, index});
-        bytes_max -= page->page_bytes;
+        bytes_max -= page->page_bytes();
       }
     }
     passes.push_back(std::move(uses));

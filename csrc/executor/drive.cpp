@@ -287,7 +287,7 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
 
 Ref<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
   auto page = Ref<Page>::make(&table_memory_, row.home, layout);
-  page->memory = page_memory(page->page_bytes);
+  page->memory = page_memory(page->page_bytes());
   return page;
 }
 
@@ -307,7 +307,7 @@ const Ref<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
     if (old.quantised) {
       packer_->convert(page_image(old), geometry.stored(), page->memory, geometry.full_precision());
     } else if (old.memory != nullptr) {
-      std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes));
+      std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes()));
     } else {
       read_page(old, page->memory);
     }
@@ -511,13 +511,13 @@ void Drive::settle_writes() {
 // A page's bytes, until the next call: where they are in memory, else read.
 const uint8_t* Drive::page_image(const Page& page) {
   if (page.memory != nullptr) return page.memory;
-  auto* memory = static_cast<uint8_t*>(page_image_.reserve(page.page_bytes));
+  auto* memory = static_cast<uint8_t*>(page_image_.reserve(page.page_bytes()));
   read_page(page, memory);
   return memory;
 }
 
 void Drive::read_page(const Page& page, uint8_t* memory) {
-  iovec segment{memory, static_cast<size_t>(page.page_bytes)};
+  iovec segment{memory, static_cast<size_t>(page.page_bytes())};
   IoRequest request;
   request.file_offset = page.file_offset;
   request.segments = &segment;
@@ -725,7 +725,7 @@ std::string Drive::stats_json() {
     for (const Row& row : layer.rows) {
       for (const Ref<Page>& page : row.pages) {
         (page->memory != nullptr ? pages_resident : pages_on_drive)++;
-        stored_bytes += page->page_bytes;
+        stored_bytes += page->page_bytes();
       }
     }
   }

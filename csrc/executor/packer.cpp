@@ -38,7 +38,7 @@ void pack_tile(const Kernels& kernels, const PageLayout& layout, DType dtype, co
 void Packer::add(Job job) {
   job.page->pinned = true;
   if (job.source != nullptr) job.source->pinned = true;
-  queued_bytes_ += job.page->page_bytes;
+  queued_bytes_ += job.page->page_bytes();
   jobs_.push_back(std::move(job));
 }
 

@@ -14,7 +14,7 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
       plan->drive_uses.push_back(use);
     } else {
       plan->memory_uses.push_back(use);
-      plan->memory_bytes += use.page->page_bytes;
+      plan->memory_bytes += use.page->page_bytes();
     }
   }
   // By place on the drive, not by token: rows interleave there, and evicted pages may lie in any order.
@@ -39,13 +39,14 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
     }
     if (next_staged < staged_count) {
       StagedRun& run = (*staged)[next_staged];
-      const bool holds = run.file_offset <= offset && offset + page.page_bytes <= run.file_offset + run.bytes;
+      const bool holds =
+          run.file_offset <= offset && offset + page.page_bytes() <= run.file_offset + run.bytes;
       if (holds) {
         if (!serving) plan->staged.push_back({run.slot, i, i, 0});
         serving = true;
         run.taken = true;
         plan->staged.back().use_end = i + 1;
-        if (offset != offset_before) plan->staged.back().bytes += page.page_bytes;
+        if (offset != offset_before) plan->staged.back().bytes += page.page_bytes();
         offset_before = offset;
         continue;
       }
@@ -54,19 +55,19 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
     if (plan->reads.size() > first_read) {
       ReadRun& run = plan->reads.back();
       const int64_t run_end = run.file_offset + run.bytes;
-      if (offset + page.page_bytes == run_end) {  // the same page, for another row
+      if (offset + page.page_bytes() == run_end) {  // the same page, for another row
         run.use_end = i + 1;
         continue;
       }
-      if (offset == run_end && run.bytes + page.page_bytes <= read_bytes_max) {
-        run.bytes += page.page_bytes;
+      if (offset == run_end && run.bytes + page.page_bytes() <= read_bytes_max) {
+        run.bytes += page.page_bytes();
         run.use_end = i + 1;
-        plan->read_bytes += page.page_bytes;
+        plan->read_bytes += page.page_bytes();
         continue;
       }
     }
-    plan->reads.push_back({offset, page.page_bytes, i, i + 1});
-    plan->read_bytes += page.page_bytes;
+    plan->reads.push_back({offset, page.page_bytes(), i, i + 1});
+    plan->read_bytes += page.page_bytes();
   }
 }
 

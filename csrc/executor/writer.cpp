@@ -21,7 +21,7 @@ Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path)
 Writer::~Writer() { queue_.reset(); }  // waits for what is in flight, before the pages go
 
 void Writer::add(const Ref<Page>& page) {
-  const int64_t page_bytes = page->page_bytes;
+  const int64_t page_bytes = page->page_bytes();
   // A tail comes back soon: an extent of its own is free again at once.
   auto [offset, extent] =
       page->sealed ? page->home->stream.take() : page->home->stream.take_alone(page_bytes);
@@ -71,6 +71,7 @@ void Writer::reap(bool wait) {
     if (completion.error == 0) written_bytes_ += request.bytes;
     for (Ref<Page>& page : request.pages) {
       if (completion.error == 0) {
+        page->written = true;
         page->home->arena->release(std::exchange(page->memory, nullptr));
       } else {
         page->file_offset = -1;

@@ -15,7 +15,8 @@ Listed list_for(const Page& page) { return page.sealed ? Listed::kSealed : Liste
 
 void Candidates::add(Page* page) {
   const Listed wanted = list_for(*page);
-  if (page->listed == wanted || !page->writable()) return;
+  const bool leaves = page->memory != nullptr && (page->file_offset < 0 || page->written);
+  if (page->listed == wanted || !leaves) return;
   remove(page);
   List& list = list_of(wanted);
   list.pages.push_back(page);

@@ -20,7 +20,8 @@ class Candidates {
   Candidates(const Candidates&) = delete;
   Candidates& operator=(const Candidates&) = delete;
 
-  // Only a page that is writable becomes a candidate. It leaves before those of its kind that were there.
+  // Only a page in memory that is not being written becomes a candidate. It leaves before those of its kind
+  // that were there.
   void add(Page* page);
   void add_last(Page* page);  // after them
   void remove(Page* page);    // if it is one

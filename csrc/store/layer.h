@@ -32,8 +32,11 @@ struct Home : Counted {
 // it is being written) in both. Rows share pages; a page that is shared or written is never modified again.
 struct Page : Counted {
   Page(Ref<Home> home, const PageLayout& layout)
-      : page_bytes(static_cast<int32_t>(layout.page_bytes())),
-        quantised(layout.code_bits != 0),
+      : quantised(layout.code_bits != 0),
+        sealed(false),
+        pinned(false),
+        written(false),
+        block_count(static_cast<uint16_t>(layout.page_bytes() / kBlockBytes)),
         home(std::move(home)) {}
   ~Page() {
     home->candidates->remove(this);
@@ -41,17 +44,21 @@ struct Page : Counted {
   }
 
   MemoryPool* pool() const { return home->pool(); }
+  int64_t page_bytes() const { return int64_t{block_count} * kBlockBytes; }
   bool writable() const { return memory != nullptr && file_offset < 0; }  // by its only owner
-  bool evictable() const { return writable() && !pinned; }
+  // May leave memory: by being written, or at once where the drive has it already.
+  bool evictable() const { return memory != nullptr && !pinned && (file_offset < 0 || written); }
 
   uint32_t place = 0;  // in the list of candidates that has it
   uint8_t* memory = nullptr;
   int64_t file_offset = -1;  // where it is, or is being written
-  const int32_t page_bytes;  // at most 16 MiB: see Drive::create_layer
-  const bool quantised;      // else of full precision
-  bool sealed = false;  // full and as it will stay, so that it may leave memory at no cost to the next append
-  bool pinned = false;  // being filled, or read to fill another
+  uint32_t checksum = 0;     // of its bytes, once it has a place on the drive
+  const bool quantised : 1;  // else of full precision
+  bool sealed : 1;   // full and as it will stay, so that it may leave memory at no cost to the next append
+  bool pinned : 1;   // being filled, or read to fill another
+  bool written : 1;  // the drive has it; it may be in memory besides
   Listed listed = Listed::kNo;
+  const uint16_t block_count;  // page_bytes() is at most 16 MiB: see Drive::create_layer
   const Ref<Home> home;
   Ref<Extent> extent;  // keeps file_offset ours
 };

@@ -333,7 +333,7 @@ def drive_note(samples: list[Sample]) -> str:
 
 def busy_row(settings: Settings, report: Report, long_tokens: int) -> None:
     """The same for a model that computes for up to half of the time in which the drive reads."""
-    model = small_llama(settings.base, "csd", times_wider=2 if settings.quick else 4)
+    model = small_llama(settings.base, "csd", times_wider=2 if settings.quick else 5)
     tokens, budget = long_tokens * 3 // 8, settings.budget_bytes // 2
     drive_bound_row(settings, report, "drive-bound, a busy model", model, tokens, budget)
 
