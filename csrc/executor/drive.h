@@ -9,6 +9,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -96,6 +97,13 @@ class Drive {
 
   std::string stats_json();
 
+  // Once, when io_uring was refused in the middle of the run: what happened, for the user. Else empty. Asked
+  // after every op, so it takes no lock.
+  std::string take_warning() {
+    if (engine_->fallback_reason() == nullptr || warned_.exchange(true)) return {};
+    return fallback_warning();
+  }
+
  private:
   // A page that an append put another in the place of, kept until the append is sure to stand.
   struct ReplacedPage {
@@ -106,6 +114,7 @@ class Drive {
 
   Layer& find(int64_t layer_id);
   static LayerInfo info_of(const Layer& layer);
+  std::string fallback_warning() const;
   void check_process() const;
   Row new_row(const Geometry& geometry);
   Ref<Home> new_home(const Geometry& geometry);
@@ -141,6 +150,7 @@ class Drive {
   const Kernels& kernels_;
   OpenedFile file_;
   std::unique_ptr<IoEngine> engine_;
+  std::atomic<bool> warned_{false};  // that it fell back
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;

@@ -37,8 +37,10 @@ struct IoCompletion {
 
 class IoQueue {
  public:
-  virtual ~IoQueue() = default;  // waits for what is in flight: no buffer is touched afterwards
-  // At most depth() requests may be in flight. Starts the request now, or at the next reap at the latest.
+  virtual ~IoQueue() = default;  // waits for what is in flight: no buffer is touched afterwards (but see
+                                 // make_io_engine() for requests that never complete)
+  // At most depth() requests may be in flight. Starts the request now, or at the next reap at the latest. If
+  // it throws, the request is not in flight.
   virtual void submit(const IoRequest& request) = 0;
   // Appends finished requests to *completions. wait: blocks until there is at least one (requires in_flight()
   // > 0).
@@ -50,7 +52,11 @@ class IoQueue {
 class IoEngine {
  public:
   virtual ~IoEngine() = default;  // its queues are gone by then
+  // What carries requests out now: "io_uring" or "pread".
   virtual const char* name() const = 0;
+  // Why that is no longer what make_io_engine() was asked for, or null. The text lives as long as the engine.
+  // Any thread may ask, at the cost of reading an integer.
+  virtual const char* fallback_reason() const { return nullptr; }
   // buffers: memory the queue's requests will mostly use, registered with the kernel where that is possible
   // (a failure to register is not an error; requests outside of it work too). Throws kStore when a queue
   // cannot be made.
@@ -59,6 +65,12 @@ class IoEngine {
 
 // name: "io_uring" or "pread". Throws kStore with the reason (not compiled in, seccomp, sysctl) if it cannot
 // run here.
+//
+// Where the kernel refuses io_uring later (a seccomp filter that is installed after the engine was made), all
+// of the engine's queues go over to pread, for good: requests that the kernel has not taken move there, and
+// those it holds are awaited in the completion ring, which takes no call. If one of those has not completed
+// 60 s after its queue went over, its memory and its part of the file may still be touched at any time: it
+// stays in flight, and waiting for it throws kStore from then on.
 std::unique_ptr<IoEngine> make_io_engine(const std::string& name, int thread_count);
 
 // True when this build has liburing.

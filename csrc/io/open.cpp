@@ -235,7 +235,9 @@ std::string try_way(int fd, IoEngine* engine, bool direct, const std::string& di
   const int error = set_direct(fd, direct);
   if (error != 0) return std::string("refused: ") + std::strerror(error);
   try {
-    return try_block(fd, engine, directory);
+    const std::string failure = try_block(fd, engine, directory);
+    // An engine that had to fall back is not the one that is tried here, although the block came through.
+    return engine->fallback_reason() != nullptr ? engine->fallback_reason() : failure;
   } catch (const Error& refused) {
     if (refused.kind() == ErrorKind::kNoSpace) throw;
     return untagged(refused);

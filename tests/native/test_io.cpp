@@ -113,15 +113,38 @@ extern "C" ssize_t pwritev(int fd, const iovec* segments, int count, off_t offse
 
 static std::atomic<bool> refuse_rings{false};
 
+// What time has passed that nobody waited for.
+static std::atomic<int64_t> clock_ahead_s{0};
+
+extern "C" int clock_gettime(clockid_t clock, timespec* now) {
+  const int result = static_cast<int>(syscall(SYS_clock_gettime, clock, now));
+  if (clock == CLOCK_MONOTONIC) now->tv_sec += clock_ahead_s;
+  return result;
+}
+
 #ifdef CSD_HAVE_LIBURING
-// A read from this says EAGAIN.
-static int empty_socket() {
-  static const int socket = [] {
-    int pair[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    return pair[0];
-  }();
-  return socket;
+// A read from the first says EAGAIN, until something is sent to the second.
+static const int* empty_sockets() {
+  static int pair[2];
+  static const bool made = socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0;
+  CHECK(made);
+  return pair;
+}
+
+// io_uring_enter fails with this error once so many calls were let through: what a seccomp filter does that
+// is installed in the middle of a run. -1: never.
+static std::atomic<int> enter_error{EPERM};
+static std::atomic<int64_t> enters_left{-1};
+static std::atomic<int64_t> enters_refused{0};
+
+static bool refuses_enter() {
+  if (enters_left < 0) return false;
+  if (enters_left > 0) {
+    enters_left--;
+    return false;
+  }
+  enters_refused++;
+  return true;
 }
 
 // The kernel answers a shorter READ_FIXED or WRITE_FIXED as it would a short transfer: in whole blocks here,
@@ -130,19 +153,26 @@ static int empty_socket() {
 extern "C" int io_uring_submit(io_uring* ring) {
   static const auto real = reinterpret_cast<int (*)(io_uring*)>(dlsym(RTLD_NEXT, "io_uring_submit"));
   static char received;
+  if (refuses_enter()) return -enter_error;
   for (unsigned i = ring->sq.sqe_head; i != ring->sq.sqe_tail; i++) {
     io_uring_sqe* sqe = &ring->sq.sqes[i & *ring->sq.kring_mask];
     const int injected = sqe->opcode == IORING_OP_ASYNC_CANCEL ? 0 : next_fault();
     const bool fixed = sqe->opcode == IORING_OP_READ_FIXED || sqe->opcode == IORING_OP_WRITE_FIXED;
     if (injected > 0 || injected == kLostRequest) {
       const uint64_t user_data = sqe->user_data;
-      io_uring_prep_recv(sqe, empty_socket(), &received, 1, injected > 0 ? MSG_DONTWAIT : 0);
+      io_uring_prep_recv(sqe, empty_sockets()[0], &received, 1, injected > 0 ? MSG_DONTWAIT : 0);
       sqe->user_data = user_data;
     } else if (injected < 0 && fixed && sqe->len >= 2 * kBlockBytes) {
       sqe->len = static_cast<unsigned>(sqe->len / 2 / kBlockBytes * kBlockBytes);
     }
   }
   return real(ring);
+}
+
+extern "C" int io_uring_wait_cqe_timeout(io_uring* ring, io_uring_cqe** cqe, __kernel_timespec* timeout) {
+  static const auto real = reinterpret_cast<int (*)(io_uring*, io_uring_cqe**, __kernel_timespec*)>(
+      dlsym(RTLD_NEXT, "io_uring_wait_cqe_timeout"));
+  return refuses_enter() ? -enter_error : real(ring, cqe, timeout);
 }
 
 extern "C" int io_uring_queue_init(unsigned entries, io_uring* ring, unsigned flags) {
@@ -492,6 +522,201 @@ static void test_lost_requests_are_asked_for_again(const Case& c) {
   CHECK(faults_injected == kLostRequests);
 }
 
+// ---- io_uring refused in the middle of a run
+// -------------------------------------------------------------------
+
+#ifdef CSD_HAVE_LIBURING
+static void allow_enter() {
+  enters_left = -1;
+  enters_refused = 0;
+  enter_error = EPERM;
+}
+
+// Whichever call is the first that the kernel refuses, a submission or a wait, of whole requests or the rest
+// of one: nothing is lost, and nothing moves twice to another place.
+static void test_refused_in_the_middle(const Case& c) {
+  for (const Fault beside : {Fault::kNone, Fault::kMixed}) {
+    for (const int64_t calls : {0, 1, 2, 5, 8, 20, 47}) {
+      enter_error = calls % 2 == 0 ? EPERM : EBADF;
+      enters_left = calls;
+      fault = beside;
+      test_random_writes_then_reads(c, 20);
+      fault = Fault::kNone;
+      CHECK(enters_refused > 0);
+      allow_enter();
+    }
+  }
+}
+
+// One queue is refused: the others of its engine, and those it makes later, ask io_uring for nothing more.
+static void test_all_queues_go_over_to_pread(const Case& c) {
+  constexpr int kDepth = 4;
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(2 * kDepth * kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 2);
+  CHECK(std::string(engine->name()) == "io_uring" && engine->fallback_reason() == nullptr);
+  fill_expected(buffer.data(), 0, 2 * kDepth * kBlockBytes);
+  CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {buffer.all()}) == 0);
+  std::memset(buffer.data(), 0, 2 * kDepth * kBlockBytes);
+
+  std::vector<iovec> blocks;
+  for (int i = 0; i < 2 * kDepth; i++)
+    blocks.push_back({buffer.data() + i * kBlockBytes, static_cast<size_t>(kBlockBytes)});
+  const auto queue = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  const auto other = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  const auto submit = [&](IoQueue* to, int block) {
+    IoRequest request;
+    request.file_offset = block * kBlockBytes;
+    request.segments = &blocks[static_cast<size_t>(block)];
+    request.segment_count = 1;
+    request.tag = static_cast<uint64_t>(block);
+    to->submit(request);
+  };
+  const auto reap_all = [&](IoQueue* from, int count, int first) {
+    std::vector<IoCompletion> done;
+    while (from->in_flight() > 0) from->reap(true, &done);
+    CHECK(static_cast<int>(done.size()) == count);
+    uint64_t seen = 0;
+    for (const IoCompletion& completion : done) {
+      CHECK(completion.error == 0);
+      seen |= uint64_t{1} << completion.tag;
+    }
+    CHECK(seen == ((uint64_t{1} << count) - 1) << first);
+    CHECK(is_expected(buffer.data() + first * kBlockBytes, first * kBlockBytes, count * kBlockBytes));
+    std::memset(buffer.data() + first * kBlockBytes, 0, static_cast<size_t>(count * kBlockBytes));
+  };
+  for (int i = 0; i < kDepth; i++) submit(other.get(), kDepth + i);  // the kernel has these
+  submit(queue.get(), 0);
+  enters_left = 0;
+  for (int i = 1; i < kDepth; i++) submit(queue.get(), i);  // and none of these
+  CHECK(queue->in_flight() == kDepth);
+  CHECK(throws(ErrorKind::kInternal, "depth()", [&] { submit(queue.get(), 0); }));
+  reap_all(queue.get(), kDepth, 0);
+  CHECK(std::string(engine->name()) == "pread");
+  CHECK(std::strstr(engine->fallback_reason(), "io_uring_enter") != nullptr);
+  CHECK(std::strstr(engine->fallback_reason(), "Operation not permitted") != nullptr);
+  const int64_t refused = enters_refused;
+  reap_all(other.get(), kDepth, kDepth);
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < kDepth; i++) submit(other.get(), kDepth + i);
+    CHECK(throws(ErrorKind::kInternal, "depth()", [&] { submit(other.get(), 0); }));
+    std::vector<IoCompletion> none;
+    CHECK(other->in_flight() == kDepth && other->depth() == kDepth);
+    reap_all(other.get(), kDepth, kDepth);
+    CHECK(throws(ErrorKind::kInternal, "nothing in flight", [&] { other->reap(true, &none); }));
+  }
+  const auto later = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  submit(later.get(), 2);
+  reap_all(later.get(), 1, 2);
+  CHECK(enters_refused == refused);
+  allow_enter();
+  close(fd);
+}
+
+// A queue that is destroyed while the kernel refuses to be asked still waits for what the kernel holds.
+static void test_destructor_waits_although_refused(const Case& c) {
+  const auto starts_refusing = [&](int64_t calls) {
+    enters_left = calls;
+    test_destructor_waits(c);
+    CHECK(enters_refused > 0);
+    allow_enter();
+  };
+  starts_refusing(1 + 8);  // the first write, then one queue's submissions: its destructor is refused
+  starts_refusing(1 + 4);
+}
+
+static void test_endless_refusal_goes_over_to_pread(const Case& c) {
+  const int fd = open_file(c.directory, c.direct);
+  Buffer block(kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 1);
+  const auto queue = engine->make_queue(fd, 1, {});
+  enter_error = EAGAIN;
+  enters_left = 0;
+  CHECK(carry_out(queue.get(), IoOp::kWrite, 0, {block.all()}) == 0);
+  CHECK(std::strstr(engine->fallback_reason(), "for one second") != nullptr);
+  allow_enter();
+  close(fd);
+}
+
+static void test_refused_rings_in_the_middle(const Case& c) {
+  const int fd = open_file(c.directory, c.direct);
+  Buffer block(kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 1);
+  const auto queue = engine->make_queue(fd, 1, {});
+  refuse_rings = true;
+  CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {block.all()}) == 0);
+  refuse_rings = false;
+  CHECK(std::strstr(engine->fallback_reason(), "io_uring_setup: Operation not permitted") != nullptr);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, {block.all()}) == 0);
+  close(fd);
+}
+
+// A request that the kernel holds when it refuses to be asked: taken to its end when it comes back, and never
+// reported, so that nobody uses its memory, when it does not.
+static void test_requests_held_when_refused(const Case& c) {
+  if (!c.direct) return;  // a byte from the socket is one too few there, not the whole block again
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(2 * kBlockBytes);
+  const iovec whole = buffer.all();
+  const iovec second{buffer.data() + kBlockBytes, static_cast<size_t>(kBlockBytes)};
+  fill_expected(buffer.data(), 0, 2 * kBlockBytes);
+  {
+    const auto engine = make_io_engine(c.engine, 1);
+    const auto queue = engine->make_queue(fd, 2, {});
+    CHECK(carry_out(queue.get(), IoOp::kWrite, 0, {whole}) == 0);
+    std::memset(buffer.data(), 0, 2 * kBlockBytes);
+    fault = Fault::kLost;
+    faults_injected = kLostRequests - 1;
+    queue->submit(make_request(IoOp::kRead, 0, {whole}, 7));
+    fault = Fault::kNone;
+    enters_left = 0;
+    std::thread sender([] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      CHECK(send(empty_sockets()[1], "x", 1, 0) == 1);
+    });
+    std::vector<IoCompletion> done;
+    queue->reap(true, &done);
+    sender.join();
+    CHECK(done.size() == 1 && done[0].tag == 7 && done[0].error == 0 && queue->in_flight() == 0);
+    CHECK(is_expected(buffer.data(), 0, 2 * kBlockBytes));
+    allow_enter();
+  }
+  {
+    const auto engine = make_io_engine(c.engine, 1);
+    auto queue = engine->make_queue(fd, 2, {});
+    fault = Fault::kLost;
+    faults_injected = kLostRequests - 1;
+    const std::vector<iovec> lost = {{buffer.data(), static_cast<size_t>(kBlockBytes)}};
+    queue->submit(make_request(IoOp::kRead, 0, lost, 8));
+    fault = Fault::kNone;
+    enters_left = 0;
+    std::thread later([] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      clock_ahead_s = 61;
+    });
+    std::vector<IoCompletion> done;
+    CHECK(throws(ErrorKind::kStore, "1 requests did not complete within 60 s",
+                 [&] { queue->reap(true, &done); }));
+    later.join();
+    CHECK(queue->in_flight() == 1 && done.empty());
+    CHECK(throws(ErrorKind::kStore, "did not complete", [&] { queue->reap(true, &done); }));
+    // The rest of the queue goes on.
+    const std::vector<iovec> another = {second};
+    queue->submit(make_request(IoOp::kRead, kBlockBytes, another, 9));
+    queue->reap(true, &done);
+    CHECK(done.size() == 1 && done[0].tag == 9 && done[0].error == 0 && queue->in_flight() == 1);
+    queue->reap(false, &done);
+    CHECK(done.size() == 1);
+    const auto start = std::chrono::steady_clock::now();
+    queue.reset();  // does not wait for it again
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+  }
+  clock_ahead_s = 0;
+  allow_enter();
+  close(fd);
+}
+#endif
+
 // Two queues of one engine, each made here and used in a thread of its own; then one queue that changes
 // threads.
 static void test_threads(const Case& c) {
@@ -581,6 +806,16 @@ static void test_refused_rings(const std::string& directory) {
   CHECK(file.engine == "pread" && file.reason.find("Operation not permitted") != std::string::npos);
   close(file.fd);
   refuse_rings = false;
+#ifdef CSD_HAVE_LIBURING
+  // A ring may be had, but not used: pread moves the block, and must not be taken for io_uring.
+  enters_left = 0;
+  CHECK(throws(ErrorKind::kStore, "io_uring_enter", [&] { open_scratch_file(directory, "io_uring"); }));
+  const OpenedFile without = open_scratch_file(directory, "auto");
+  std::printf("  %s\n", without.reason.c_str());
+  CHECK(without.engine == "pread" && without.reason.find("io_uring_enter") != std::string::npos);
+  close(without.fd);
+  allow_enter();
+#endif
 }
 
 static void test_bad_directories(const std::string& directory) {
@@ -681,6 +916,20 @@ int main(int argc, char** argv) {
     }
     test_endless_eagain_ends(cases[0]);
     test_lost_requests_are_asked_for_again(cases.back());
+#ifdef CSD_HAVE_LIBURING
+    if (engine == "io_uring") {
+      std::printf("io_uring refused in the middle of a run\n");
+      std::fflush(stdout);
+      for (const Case& c : cases) {
+        test_refused_in_the_middle(c);
+        test_all_queues_go_over_to_pread(c);
+        test_destructor_waits_although_refused(c);
+        test_refused_rings_in_the_middle(c);
+        test_requests_held_when_refused(c);
+      }
+      test_endless_refusal_goes_over_to_pread(cases[0]);
+    }
+#endif
   }
   std::printf("scratch files\n");
   for (const std::string& engine : engines)
