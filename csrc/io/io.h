@@ -82,7 +82,7 @@ struct OpenedFile {
   bool direct_io = false;
   std::string engine;  // "io_uring" | "pread"
   std::string reason;  // one sentence: why this engine and why (not) direct, with errno text of what failed
-  std::string path;    // for error texts: the directory plus "/(scratch)"
+  std::string path;    // for error texts: the file's, or the directory plus "/(scratch)"
 };
 
 // Opens a scratch file in the directory that leaves nothing behind however the process ends (O_TMPFILE; else
@@ -91,6 +91,29 @@ struct OpenedFile {
 // explicit engine that does not work is an error. Throws kStore for a directory that is missing, not a
 // directory, not writable or full.
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine);
+
+enum class DurableMode : uint8_t {
+  kCreate,  // makes the file, mode 0600; it must not exist
+  kWrite,   // reads and writes one that exists
+  kRead,    // only reads it, from a directory that cannot be written if need be
+};
+
+// Opens a file that outlives the process, but only a regular file of ours with one name that nobody else may
+// touch: no link, no FIFO, no device, owned by the effective user, nothing allowed to group and others. Every
+// refusal is kStore and says what was wanted, what it is and what to do.
+//
+// Engine and mode are found as for scratch files, in a scratch file beside it, since nothing may be written
+// here; where nothing can be written beside it either (read only, or a full drive), by reading its first
+// block, which a file that was made has (kCorrupt if not).
+OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode);
+
+// Returns when what was written to the file is on the drive, whatever happens to the machine then. After an
+// error all that was written since the last success must be written again: the kernel forgets what it could
+// not write, and a second call may succeed without it.
+void sync_data(int fd, const std::string& path);
+
+// The same for which files the directory has.
+void sync_directory(const std::string& path);
 
 struct ProbeResult {
   std::string directory;

@@ -18,7 +18,9 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/vfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #ifdef CSD_HAVE_LIBURING
 #include <liburing.h>
@@ -109,6 +111,33 @@ extern "C" ssize_t preadv(int fd, const iovec* segments, int count, off_t offset
 
 extern "C" ssize_t pwritev(int fd, const iovec* segments, int count, off_t offset) {
   return faulty_call(SYS_pwritev, fd, segments, count, offset);
+}
+
+// What fdatasync and fsync fail with, once each; and what statx says of direct I/O, if anything else than the
+// kernel.
+static std::atomic<int> sync_error{0};
+static std::atomic<int> sync_calls{0};
+static std::atomic<uint32_t> told_alignment{0xffffffff};
+
+static int faulty_sync(long number, int fd) {
+  sync_calls++;
+  const int injected = sync_error.exchange(0);
+  if (injected == 0) return static_cast<int>(syscall(number, fd));
+  errno = injected;
+  return -1;
+}
+
+extern "C" int fdatasync(int fd) { return faulty_sync(SYS_fdatasync, fd); }
+extern "C" int fsync(int fd) { return faulty_sync(SYS_fsync, fd); }
+
+extern "C" int statx(int fd, const char* path, int flags, unsigned mask, struct statx* info) {
+  const int result = static_cast<int>(syscall(SYS_statx, fd, path, flags, mask, info));
+  if (result == 0 && told_alignment != 0xffffffff) {
+    info->stx_mask |= 0x2000;
+    const uint32_t aligns[2] = {512, told_alignment};
+    std::memcpy(reinterpret_cast<char*>(info) + 0x98, aligns, sizeof(aligns));
+  }
+  return result;
 }
 
 static std::atomic<bool> refuse_rings{false};
@@ -263,6 +292,23 @@ static int entry_count(const std::string& directory) {
   while (readdir(dir) != nullptr) count++;
   closedir(dir);
   return count;
+}
+
+static std::string file_of(const std::string& directory, const std::string& name, const std::string& bytes) {
+  const std::string path = directory + "/" + name;
+  const int fd = open(path.c_str(), O_CREAT | O_WRONLY | O_TRUNC, 0600);
+  CHECK(fd >= 0 && write(fd, bytes.data(), bytes.size()) == static_cast<ssize_t>(bytes.size()));
+  close(fd);
+  return path;
+}
+
+static std::string bytes_of(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY);
+  CHECK(fd >= 0);
+  std::string bytes(1 << 16, 0);
+  bytes.resize(static_cast<size_t>(read(fd, bytes.data(), bytes.size())));
+  close(fd);
+  return bytes;
 }
 
 // ---- one request's bookkeeping
@@ -859,10 +905,240 @@ static void test_full_and_read_only(const std::string& directory) {
     CHECK(throws(ErrorKind::kNoSpace, "0 bytes free", [&] { open_scratch_file(small, "auto"); }));
     close(fd);
   }
+  {  // What is there can be opened all the same.
+    const std::string path = file_of(small, "pages", std::string(kBlockBytes, 'x'));
+    const int fd = open_file(small, false);
+    Buffer buffer(2 << 20);
+    CHECK(carry_out(make_io_engine("pread", 1)->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0,
+                    {buffer.all()}) == ENOSPC);
+    for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kRead}) {
+      const OpenedFile file = open_durable_file(path, "auto", mode);
+      CHECK(file.reason.find("read 4096 bytes") != std::string::npos);
+      close(file.fd);
+    }
+    CHECK(throws(ErrorKind::kNoSpace, "0 bytes free",
+                 [&] { open_durable_file(small + "/new", "auto", DurableMode::kCreate); }));
+    CHECK(access((small + "/new").c_str(), F_OK) != 0);
+    close(fd);
+  }
   CHECK(mount(nullptr, small.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0);
   CHECK(throws(ErrorKind::kStore, "Read-only file system", [&] { open_scratch_file(small, "auto"); }));
+  close(open_durable_file(small + "/pages", "auto", DurableMode::kRead).fd);
+  CHECK(throws(ErrorKind::kStore, "Read-only file system; open it to read only",
+               [&] { open_durable_file(small + "/pages", "auto", DurableMode::kWrite); }));
   CHECK(umount(small.c_str()) == 0);
   rmdir(small.c_str());
+}
+
+// ---- durable files
+// ---------------------------------------------------------------------------------------------
+
+static void test_durable_files(const std::string& directory, const std::string& engine, bool wants_direct) {
+  const std::string path = directory + "/pages";
+  const int entries_before = entry_count(directory);
+  const mode_t mask = umask(0777);  // even so its owner may use it
+  const OpenedFile made = open_durable_file(path, engine, DurableMode::kCreate);
+  umask(mask);
+  std::printf("  %s\n", made.reason.c_str());
+  const auto is_right = [&](const OpenedFile& file, int access) {
+    const int flags = fcntl(file.fd, F_GETFL);
+    CHECK((flags & O_ACCMODE) == access && (flags & O_NONBLOCK) == 0 &&
+          ((flags & O_DIRECT) != 0) == wants_direct);
+    CHECK((fcntl(file.fd, F_GETFD) & FD_CLOEXEC) != 0);
+    CHECK(file.path == path && file.direct_io == wants_direct && file.reason.find(file.engine) == 0);
+    CHECK(engine == "auto" || engine == file.engine);
+  };
+  is_right(made, O_RDWR);
+  struct stat info;
+  CHECK(fstat(made.fd, &info) == 0 && info.st_nlink == 1 && info.st_size == 0 &&
+        (info.st_mode & 0777) == 0600);
+  CHECK(entry_count(directory) == entries_before + 1);
+  CHECK(throws(ErrorKind::kStore, "File exists; open that one",
+               [&] { open_durable_file(path, engine, DurableMode::kCreate); }));
+  CHECK(throws(ErrorKind::kCorrupt, "ends at byte 0",
+               [&] { open_durable_file(path, engine, DurableMode::kRead); }));
+
+  // What it holds is not touched by opening it, and can be reached.
+  Buffer block(kBlockBytes);
+  fill_expected(block.data(), 0, kBlockBytes);
+  const auto io = make_io_engine(made.engine, 1);
+  CHECK(carry_out(io->make_queue(made.fd, 1, {}).get(), IoOp::kWrite, 0, {block.all()}) == 0);
+  close(made.fd);
+  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kRead}) {
+    const OpenedFile file = open_durable_file(path, engine, mode);
+    std::printf("  %s\n", file.reason.c_str());
+    is_right(file, mode == DurableMode::kWrite ? O_RDWR : O_RDONLY);
+    CHECK(file.reason.find(mode == DurableMode::kWrite ? "bytes beside it" : "read 4096 bytes") !=
+          std::string::npos);
+    std::memset(block.data(), 0, kBlockBytes);
+    CHECK(carry_out(io->make_queue(file.fd, 1, {}).get(), IoOp::kRead, 0, {block.all()}) == 0);
+    CHECK(is_expected(block.data(), 0, kBlockBytes));
+    CHECK(entry_count(directory) == entries_before + 1);
+    close(file.fd);
+  }
+  CHECK(bytes_of(path).size() == kBlockBytes);
+  unlink(path.c_str());
+}
+
+static void check_refused(const std::string& path, const std::string& text) {
+  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kRead}) {
+    CHECK(throws(ErrorKind::kStore, path + ": ", [&] { open_durable_file(path, "auto", mode); }));
+    CHECK(throws(ErrorKind::kStore, text, [&] { open_durable_file(path, "auto", mode); }));
+  }
+}
+
+// Whatever lies where a store's file should, nothing but a file of our own is opened, and nothing waits.
+static void test_what_is_not_a_file_of_ours_is_refused(const std::string& directory) {
+  const std::string content(2 * kBlockBytes, 'x');
+  const std::string path = directory + "/there";
+  CHECK(throws(ErrorKind::kStore, "no such directory",
+               [&] { open_durable_file(directory + "/missing/pages", "auto", DurableMode::kCreate); }));
+  CHECK(throws(ErrorKind::kValue, "io_engine must be",
+               [&] { open_durable_file(path, "uring", DurableMode::kCreate); }));
+  check_refused(path, "No such file or directory; create a store here first");
+
+  const std::string other = file_of(directory, "other", content);
+  CHECK(symlink(other.c_str(), path.c_str()) == 0);
+  check_refused(path, "wanted a regular file, this is a symbolic link");
+  CHECK(throws(ErrorKind::kStore, "File exists",
+               [&] { open_durable_file(path, "auto", DurableMode::kCreate); }));
+  unlink(path.c_str());
+  CHECK(symlink("/nowhere", path.c_str()) == 0);  // and one that leads nowhere does not make a file there
+  check_refused(path, "this is a symbolic link");
+  CHECK(throws(ErrorKind::kStore, "File exists",
+               [&] { open_durable_file(path, "auto", DurableMode::kCreate); }));
+  unlink(path.c_str());
+  CHECK(mkfifo(path.c_str(), 0600) == 0);
+  check_refused(path, "this is a FIFO");
+  unlink(path.c_str());
+  CHECK(mkdir(path.c_str(), 0700) == 0);
+  check_refused(path, "this is a directory");
+  rmdir(path.c_str());
+  const int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string short_path = "/tmp/torch_csd-" + std::to_string(getpid());  // of at most 107 characters
+  std::strcpy(address.sun_path, short_path.c_str());
+  CHECK(bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0);
+  check_refused(short_path, "this is a socket");
+  unlink(short_path.c_str());
+  close(listener);
+  check_refused("/dev/null", "this is a device");
+
+  file_of(directory, "there", content);
+  for (const mode_t mode : {0640, 0606, 0601}) {
+    CHECK(chmod(path.c_str(), mode) == 0);
+    check_refused(path, "wanted a file that only its owner may touch (0600), this has 06");
+  }
+  CHECK(chmod(path.c_str(), 0600) == 0);
+  CHECK(link(path.c_str(), (directory + "/again").c_str()) == 0);
+  check_refused(path, "this has 2 hard links");
+  unlink((directory + "/again").c_str());
+  if (geteuid() == 0) {
+    CHECK(chown(path.c_str(), 65534, 65534) == 0);
+    check_refused(path, "wanted a file of user 0, this belongs to user 65534");
+    CHECK(chown(path.c_str(), 0, 0) == 0);
+  } else {
+    std::printf("  not tested: another user's file (that takes root)\n");
+    CHECK(chmod(path.c_str(), 0000) == 0);
+    check_refused(path, "Permission denied; let user");
+    CHECK(chmod(path.c_str(), 0600) == 0);
+  }
+  CHECK(bytes_of(path) == content);
+  unlink(path.c_str());
+  unlink(other.c_str());
+}
+
+// As another user than root, in a directory that this user may not write: reading needs no scratch file.
+static void test_reading_from_a_directory_that_cannot_be_written(const std::string& directory) {
+  const std::string closed = directory + "/closed";
+  CHECK(mkdir(closed.c_str(), 0700) == 0);
+  const std::string path = file_of(closed, "pages", std::string(2 * kBlockBytes, 'x'));
+  const auto act = [&] {
+    const OpenedFile file = open_durable_file(path, "auto", DurableMode::kRead);
+    std::printf("  %s\n", file.reason.c_str());
+    CHECK(file.reason.find("read 4096 bytes") != std::string::npos);
+    close(file.fd);
+    CHECK(throws(ErrorKind::kStore, "may write",
+                 [&] { open_durable_file(path, "auto", DurableMode::kWrite); }));
+    CHECK(throws(ErrorKind::kStore, "may write",
+                 [&] { open_durable_file(closed + "/new", "auto", DurableMode::kCreate); }));
+    CHECK(chmod(path.c_str(), 0000) == 0);
+    CHECK(throws(ErrorKind::kStore, "Permission denied; let user",
+                 [&] { open_durable_file(path, "auto", DurableMode::kRead); }));
+  };
+  CHECK(chmod(closed.c_str(), 0500) == 0);
+  if (geteuid() != 0) {
+    act();
+  } else {
+    CHECK(chown(path.c_str(), 65534, 65534) == 0 && chown(closed.c_str(), 65534, 65534) == 0);
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+      CHECK(setuid(65534) == 0);
+      // The way here may be closed to that user.
+      if (access(path.c_str(), R_OK) != 0) {
+        std::printf("  not tested: user 65534 cannot come to %s\n", closed.c_str());
+      } else {
+        act();
+      }
+      std::fflush(stdout);
+      _exit(0);
+    }
+    int status = 0;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+  }
+  CHECK(chmod(closed.c_str(), 0700) == 0);
+  unlink(path.c_str());
+  rmdir(closed.c_str());
+}
+
+// Everything of ours is aligned to 4096 bytes: enough for drives that want 512 or 4096, and told where not.
+static void test_alignments(const std::string& directory) {
+  for (const uint32_t enough : {512u, 4096u}) {
+    told_alignment = enough;
+    const OpenedFile file = open_scratch_file(directory, "auto");
+    CHECK(file.direct_io);
+    close(file.fd);
+  }
+  const std::string path = file_of(directory, "pages", std::string(kBlockBytes, 'x'));
+  told_alignment = 8192;
+  for (const bool durable : {false, true}) {
+    const OpenedFile file =
+        durable ? open_durable_file(path, "pread", DurableMode::kRead) : open_scratch_file(directory, "auto");
+    std::printf("  %s\n", file.reason.c_str());
+    CHECK(!file.direct_io && (fcntl(file.fd, F_GETFL) & O_DIRECT) == 0);
+    CHECK(file.reason.find("aligned to 8192 bytes") != std::string::npos);
+    close(file.fd);
+  }
+  told_alignment = 0xffffffff;
+  unlink(path.c_str());
+}
+
+static void test_sync(const std::string& directory) {
+  const std::string path = file_of(directory, "pages", "x");
+  const int fd = open(path.c_str(), O_RDWR);
+  const std::function<void()> syncs[] = {[&] { sync_data(fd, path); }, [&] { sync_directory(directory); }};
+  for (const auto& sync : syncs) {
+    sync_calls = 0;
+    sync_error = EINTR;
+    sync();
+    CHECK(sync_calls == 2);
+    sync_error = EIO;
+    CHECK(throws(ErrorKind::kStore, "Input/output error", sync));
+    sync_error = ENOSPC;
+    CHECK(throws(ErrorKind::kNoSpace, directory, sync));
+    sync();
+  }
+  sync_error = EINVAL;  // not an error of a directory's
+  sync_directory(directory);
+  sync_error = EINVAL;
+  CHECK(throws(ErrorKind::kStore, path + ": fdatasync", syncs[0]));
+  CHECK(throws(ErrorKind::kStore, "No such file", [&] { sync_directory(directory + "/missing"); }));
+  CHECK(throws(ErrorKind::kStore, "Not a directory", [&] { sync_directory(path); }));
+  CHECK(throws(ErrorKind::kStore, "Bad file descriptor", [&] { sync_data(-1, path); }));
+  close(fd);
+  unlink(path.c_str());
 }
 
 static bool takes_direct(const std::string& directory) {
@@ -940,6 +1216,15 @@ int main(int argc, char** argv) {
   check_probe("/dev/shm");
   if (engines.size() == 2) test_refused_rings(directory);
   test_bad_directories(directory);
+  std::printf("durable files\n");
+  for (const std::string& engine : engines)
+    test_durable_files(directory, engine, direct_works && !is_tmpfs(directory));
+  test_durable_files("/dev/shm", "auto", false);
+  test_what_is_not_a_file_of_ours_is_refused(directory);
+  test_reading_from_a_directory_that_cannot_be_written(directory);
+  test_reading_from_a_directory_that_cannot_be_written("/dev/shm");
+  if (direct_works && !is_tmpfs(directory)) test_alignments(directory);
+  test_sync(directory);
   test_full_and_read_only(directory);
   std::printf("ok\n");
   return 0;
