@@ -23,5 +23,13 @@ class StoreCorruptError(StoreError):
     """What the drive holds is not what was written there: a damaged page, file or catalogue."""
 
 
+class StoreBusyError(StoreError):
+    """A durable store, or a sequence of it, is open elsewhere."""
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """A sequence was made by another model than the one it is opened with."""
+
+
 class MemoryBudgetError(ValueError):
     """``memory_budget`` is smaller than what the layer's pages need at the least."""

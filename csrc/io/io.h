@@ -80,6 +80,11 @@ struct OpenedFile {
 // directory, not writable or full.
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine);
 
+enum class DurableMode : uint8_t { kCreate, kWrite, kReadOnly };
+
+OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode);
+void sync_data(int fd, const std::string& path);
+
 struct ProbeResult {
   std::string directory;
   std::string file_system;            // e.g. "ext4", "tmpfs", from statfs; hex when unknown

@@ -301,6 +301,20 @@ OpenedFile open_scratch_file(const std::string& directory, const std::string& io
   return file;
 }
 
+OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode) {
+  const int flags = mode == DurableMode::kCreate ? O_RDWR | O_CREAT | O_EXCL : mode == DurableMode::kWrite ? O_RDWR : O_RDONLY;
+  UniqueFd fd(open(path.c_str(), flags | O_CLOEXEC | O_NOFOLLOW, 0600));
+  if (fd.get() < 0) throw io_error(path, "opening", errno);
+  const std::string directory = path.substr(0, path.rfind('/'));
+  UniqueFd scratch(open_nameless(directory));
+  OpenedFile file = choose_way(scratch.get(), directory, io_engine, nullptr);
+  set_direct(fd.get(), file.direct_io);
+  file.path = path;
+  file.fd = fd.release();
+  return file;
+}
+void sync_data(int fd, const std::string& path) { if (fdatasync(fd) != 0) throw io_error(path, "fdatasync", errno); }
+
 ProbeResult probe_directory(const std::string& directory, const std::string& io_engine) {
   check_engine_name(io_engine);
   check_directory(directory);
