@@ -18,6 +18,7 @@ from torch_csd.dispatch import attention
 from torch_csd.errors import (
     MemoryBudgetError,
     StaleTensorError,
+    StoreBusyError,
     StoreClosedError,
     StoreCorruptError,
     StoreError,
@@ -36,6 +37,7 @@ __all__ = [
     "MemoryBudgetError",
     "StaleTensorError",
     "StorageTensor",
+    "StoreBusyError",
     "StoreClosedError",
     "StoreCorruptError",
     "StoreError",
