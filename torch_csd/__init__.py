@@ -60,7 +60,7 @@ __all__ = [
 _HF_NAMES = ("StorageCache", "fingerprint", "swap_attention")
 
 if importlib.util.find_spec("transformers") is not None:
-    __all__ += _HF_NAMES
+    __all__ += ["StorageCache", "fingerprint", "swap_attention"]
     register_with_transformers()
 
 

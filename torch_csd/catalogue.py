@@ -218,7 +218,7 @@ class StoreDirectory:
             except FileExistsError:
                 pass
             _check_is_ours(path, os.lstat(path), directory=True)
-            _sync_directory(parent)  # every time: who made it may have been killed before this
+            sync_directory(parent)  # every time: who made it may have been killed before this
         return StoreDirectory(path)
 
     @staticmethod
@@ -445,7 +445,7 @@ class Catalogue:
                 )
         with _os_errors(path, "cannot make the catalogue"):
             os.rename(unfinished, path)
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
         return Catalogue.open(path)
 
     @staticmethod
@@ -1214,7 +1214,7 @@ _KINDS = {
 }
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

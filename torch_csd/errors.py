@@ -27,10 +27,6 @@ class StoreCorruptError(StoreError):
     """What the drive holds is not what was written there: a damaged page, file or catalogue."""
 
 
-class StoreBusyError(StoreError):
-    """A durable store, or a sequence of it, is open elsewhere."""
-
-
 class StoreMismatchError(StoreError, ValueError):
     """A sequence was made by another model than the one it is opened with."""
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from torch_csd.config import parse_kv_dtype
 from torch_csd.errors import StoreError, StoreMismatchError
 from torch_csd.store import KVStore, PrefixMatch
 from torch_csd.tensor import StorageTensor
@@ -90,7 +91,7 @@ class StorageCache(DynamicCache):
                 max_bytes=max_bytes,
                 durable=durable,
                 name=name,
-                metadata=_model_metadata(config, fingerprint) if durable else None,
+                metadata=_model_metadata(config, fingerprint, kv_dtype) if durable else None,
             ),
         )
 
@@ -230,7 +231,8 @@ class StorageCache(DynamicCache):
         wanted = self.store.metadata
 
         def same_model(metadata: dict) -> bool:
-            return not _differences(metadata, wanted) and metadata.get("fingerprint") == wanted.get("fingerprint")
+            same = all(metadata.get(key) == wanted.get(key) for key in ("fingerprint", "kv_dtype"))
+            return same and not _differences(metadata, wanted)
 
         windows = {layer.index: layer.sliding_window for layer in self.layers if isinstance(layer, StorageSlidingLayer)}
         for match in self.store.prefix_matches(input_ids[:-1], wants=same_model):
@@ -570,12 +572,18 @@ _IRRELEVANT = {
 }  # fmt: skip
 
 
-def _model_metadata(config: PreTrainedConfig | None, fingerprint: str | None) -> dict:
+def _model_metadata(
+    config: PreTrainedConfig | None, fingerprint: str | None, kv_dtype: torch.dtype | str | None = None
+) -> dict:
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise TypeError(f"StorageCache: fingerprint must be text, got {fingerprint!r}")
     values = {} if config is None else config.get_text_config(decoder=True).to_dict()
     kept = {key: value for key, value in values.items() if key not in _IRRELEVANT and not key.startswith("_")}
-    return {"model": json.loads(json.dumps(kept, default=str, sort_keys=True)), "fingerprint": fingerprint}
+    return {
+        "model": json.loads(json.dumps(kept, default=str, sort_keys=True)),
+        "fingerprint": fingerprint,
+        "kv_dtype": str(parse_kv_dtype(kv_dtype)).removeprefix("torch."),
+    }
 
 
 def _differences(there: dict, wanted: dict) -> list[str]:
