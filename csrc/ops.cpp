@@ -212,8 +212,27 @@ void close(const Tensor& drive) {
   registry().erase(found);
 }
 
+DurableMode durable_mode(const std::string& name) {
+  if (name == "create") return DurableMode::kCreate;
+  if (name == "read") return DurableMode::kReadOnly;
+  if (name != "write") fail("durable_mode must be create, write or read, got " + name);
+  return DurableMode::kWrite;
+}
+
+StoreId to_store_id(const Tensor& bytes) {
+  StoreId id{};
+  if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() ||
+      bytes.numel() != static_cast<int64_t>(id.size())) {
+    fail("a store id is a uint8 tensor of 16 elements");
+  }
+  std::copy_n(static_cast<const uint8_t*>(bytes.const_data_ptr()), id.size(), id.begin());
+  return id;
+}
+
+// durable_path: empty for a scratch file; the two after it are then not looked at.
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
-          int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident) {
+          int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident,
+          int64_t bytes_max, std::string durable_path, std::string mode, const Tensor& store_id) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -223,6 +242,12 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   options.queue_depth = queue_depth;
   options.read_ahead_bytes = read_ahead;
   options.resident = resident;
+  options.bytes_max = bytes_max;
+  options.durable_path = std::move(durable_path);
+  if (!options.durable_path.empty()) {
+    options.durable_mode = durable_mode(mode);
+    options.store_id = to_store_id(store_id);
+  }
   options.lend_threads = &lend_torch_threads;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
@@ -230,8 +255,8 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   registry()[handle_values(drive)[0]] = std::move(opened);
 }
 
-void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType dtype, int64_t code_bits) {
+Geometry make_geometry(int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v, ScalarType dtype,
+                       int64_t code_bits) {
   if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
   for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
     if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
@@ -248,6 +273,12 @@ void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k
     fail("code_bits must be 8, 4 or 0 (not quantised), got " + text(code_bits));
   }
   geometry.code_bits = static_cast<int>(code_bits);
+  return geometry;
+}
+
+void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                  ScalarType dtype, int64_t code_bits) {
+  const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
   target.drive->create_layer(target.layer, geometry);
 }
@@ -347,6 +378,97 @@ void flush(const Tensor& drive) {
   target.drive->flush();
   warn_about(target.drive.get());
 }
+
+// ---- what outlives the process ----
+
+std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
+  if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() || !bytes.is_cpu()) {
+    fail("entries are a contiguous uint8 CPU tensor");
+  }
+  return parse_entries(static_cast<const uint8_t*>(bytes.const_data_ptr()), bytes.numel(), file_bytes);
+}
+
+// entries: those of all snapshots, one after another; counts: how many each has.
+void adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int64_t> counts,
+           const Tensor& entries) {
+  const Handle target = open_handle(drive);
+  const std::vector<PageEntry> all = entries_of(entries, target.drive->durable_file_bytes());
+  std::vector<std::vector<PageEntry>> tables;
+  auto next = all.begin();
+  for (const int64_t count : counts) {
+    if (count < 0 || count > all.end() - next) fail("adopt: counts must be of as many entries as there are");
+    tables.emplace_back(next, next + count);
+    next += count;
+  }
+  target.drive->adopt(snapshots, tables);
+}
+
+void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                   ScalarType dtype, int64_t code_bits, int64_t begin, std::vector<int64_t> first_pages,
+                   std::vector<int64_t> lengths, const Tensor& entries, int64_t snapshot) {
+  const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
+  const Handle target = open_handle(handle);
+  if (first_pages.size() != lengths.size()) fail("restore_layer: a first page for each length");
+  LayerTable table;
+  table.begin = begin;
+  for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
+  table.entries = entries_of(entries, target.drive->durable_file_bytes());
+  target.drive->restore_layer(target.layer, geometry, table, snapshot);
+}
+
+// For each layer: begin, the number of its rows, and for each row its first page and its length; and the
+// entries of all.
+std::tuple<Tensor, Tensor> commit(const Tensor& drive, int64_t snapshot, std::vector<int64_t> layers) {
+  const Handle target = open_handle(drive);
+  const std::vector<LayerTable> tables = target.drive->commit(snapshot, layers);
+  warn_about(target.drive.get());
+  std::vector<int64_t> numbers;
+  int64_t entry_count = 0;
+  for (const LayerTable& table : tables) {
+    numbers.push_back(table.begin);
+    numbers.push_back(static_cast<int64_t>(table.rows.size()));
+    for (const RowTable& row : table.rows) {
+      numbers.push_back(row.first_page);
+      numbers.push_back(row.length);
+    }
+    entry_count += static_cast<int64_t>(table.entries.size());
+  }
+  Tensor rows = new_tensor({static_cast<int64_t>(numbers.size())}, ScalarType::Long);
+  std::copy(numbers.begin(), numbers.end(), static_cast<int64_t*>(rows.mutable_data_ptr()));
+  Tensor entries = new_tensor({entry_count * kEntryBytes}, ScalarType::Byte);
+  auto* bytes = static_cast<uint8_t*>(entries.mutable_data_ptr());
+  for (const LayerTable& table : tables) {
+    for (const PageEntry& entry : table.entries) {
+      write_entry(entry, bytes);
+      bytes += kEntryBytes;
+    }
+  }
+  return {rows, entries};
+}
+
+void release(const Tensor& drive, int64_t snapshot) { open_handle(drive).drive->release(snapshot); }
+
+// [pages, 4]: row, page index, file offset, and the errno value of a read that failed, or 0
+Tensor verify(const Tensor& handle) {
+  const Handle source = open_handle(handle);
+  const std::vector<BadPage> bad = source.drive->verify(source.layer);
+  warn_about(source.drive.get());
+  Tensor result = new_tensor({static_cast<int64_t>(bad.size()), 4}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const BadPage& page : bad) {
+    for (const int64_t value : {page.row, page.index, page.file_offset, int64_t{page.error}})
+      *values++ = value;
+  }
+  return result;
+}
+
+Tensor shrink(const Tensor& drive) {
+  Tensor result = new_tensor({1}, ScalarType::Long);
+  *static_cast<int64_t*>(result.mutable_data_ptr()) = open_handle(drive).drive->shrink();
+  return result;
+}
+
+void check_room(const Tensor& drive, int64_t bytes) { open_handle(drive).drive->check_room(bytes); }
 
 // ---- computing ----
 
@@ -476,7 +598,8 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, int read_ahead, bool resident) -> ()");
+      "int queue_depth, int read_ahead, bool resident, int bytes_max, str durable_path, str mode, "
+      "Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
@@ -489,6 +612,15 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
   m.def("flush(Tensor(a!) drive) -> ()");
+  m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> ()");
+  m.def(
+      "restore_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
+      "int code_bits, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) -> ()");
+  m.def("commit(Tensor(a!) drive, int snapshot, int[] layers) -> (Tensor, Tensor)");
+  m.def("release(Tensor(a!) drive, int snapshot) -> ()");
+  m.def("verify(Tensor handle) -> Tensor");
+  m.def("shrink(Tensor(a!) drive) -> Tensor");
+  m.def("check_room(Tensor drive, int bytes) -> ()");
   m.def(
       "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int "
       "causal, "
@@ -526,6 +658,13 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("trim", TORCH_BOX(&csd::ops::trim));
   m.impl("reorder", TORCH_BOX(&csd::ops::reorder));
   m.impl("flush", TORCH_BOX(&csd::ops::flush));
+  m.impl("adopt", TORCH_BOX(&csd::ops::adopt));
+  m.impl("restore_layer", TORCH_BOX(&csd::ops::restore_layer));
+  m.impl("commit", TORCH_BOX(&csd::ops::commit));
+  m.impl("release", TORCH_BOX(&csd::ops::release));
+  m.impl("verify", TORCH_BOX(&csd::ops::verify));
+  m.impl("shrink", TORCH_BOX(&csd::ops::shrink));
+  m.impl("check_room", TORCH_BOX(&csd::ops::check_room));
   m.impl("attend", TORCH_BOX(&csd::ops::attend));
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));

@@ -1,4 +1,4 @@
-"""Builds and runs C++ test programs of tests/native: the I/O engines with faults injected below them, and lists."""
+"""Builds and runs C++ test programs of tests/native: I/O engines with faults injected below them, lists, checksums."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def test_pages_leave_memory_in_order_whichever_go_before_their_turn(tmp_path):
         *sorted(glob.glob("csrc/base/*.cpp", root_dir=ROOT)),
     ]
     build = ["g++", "-std=c++17", "-O1", "-Icsrc", *sources, "-pthread", "-o", str(program)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
+def test_checksums_are_crc32c_whatever_the_processor_has(tmp_path):
+    program = tmp_path / "test_checksum"
+    sources = ["tests/native/test_checksum.cpp", "csrc/base/checksum.cpp"]
+    build = ["g++", "-std=c++17", "-O1", "-Icsrc", *sources, "-o", str(program)]
     subprocess.run(build, cwd=ROOT, check=True)
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr

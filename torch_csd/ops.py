@@ -72,12 +72,16 @@ def open_drive(
     queue_depth: int,
     read_ahead_bytes: int | None,
     resident: bool,
+    max_bytes: int = 0,
+    durable_path: str = "",
+    mode: str = "",
+    store_id: bytes = bytes(16),
 ) -> Tensor:
-    """A new drive's handle."""
+    """A new drive's handle. ``mode`` ("create", "write", "read") and ``store_id`` are of a durable one's file."""
     drive = torch.tensor([next(_drive_numbers), -1, -1])
     read_ahead = -1 if read_ahead_bytes is None else read_ahead_bytes
-    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident)
-    _call(_ops.open, drive, directory, *settings)
+    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident, max_bytes)
+    _call(_ops.open, drive, directory, *settings, durable_path, mode, _bytes_tensor(store_id))
     return drive
 
 
@@ -140,6 +144,87 @@ def reorder(handle: Tensor, index: Sequence[int]) -> None:
 
 def flush(drive: Tensor) -> None:
     _call(_ops.flush, drive)
+
+
+# ---- what outlives the process ----------------------------------------------------------------------------------
+
+
+def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> None:
+    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i."""
+    _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries))
+
+
+def restore_layer(
+    drive: Tensor,
+    *,
+    num_kv_heads: int,
+    head_dim_k: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    code_bits: int,
+    begin: int,
+    first_pages: Sequence[int],
+    lengths: Sequence[int],
+    entries: bytes,
+    snapshot: int,
+) -> Tensor:
+    """The handle of a layer as a snapshot has it."""
+    handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
+    geometry = (num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
+    rows = (list(first_pages), list(lengths), _bytes_tensor(entries))
+    _call(_ops.restore_layer, handle, *geometry, begin, *rows, snapshot)
+    return handle
+
+
+class CommittedLayer(NamedTuple):
+    begin: int
+    rows: list[tuple[int, int]]  # first page, length in tokens
+    entries: bytes  # of the pages of all rows
+
+
+def commit(drive: Tensor, snapshot: int, handles: Sequence[Tensor]) -> list[CommittedLayer]:
+    """Puts what these layers hold on the drive for good. Its space is held by the snapshot until :func:`release`."""
+    numbers, entries = _call(_ops.commit, drive, snapshot, [int(handle[1]) for handle in handles])
+    values, entries = iter(numbers.tolist()), entries.numpy().tobytes()
+    tables = []
+    place = 0
+    for _ in handles:
+        begin, row_count = next(values), next(values)
+        rows = [(next(values), next(values)) for _ in range(row_count)]
+        page_count = sum(-(-length // 64) - first_page for first_page, length in rows)
+        tables.append(CommittedLayer(begin, rows, entries[place : place + 16 * page_count]))
+        place += 16 * page_count
+    return tables
+
+
+def release(drive: Tensor, snapshot: int) -> None:
+    _call(_ops.release, drive, snapshot)
+
+
+class BadPage(NamedTuple):
+    row: int
+    index: int
+    file_offset: int
+    error: int  # errno of a read that failed; 0: it came back with other bytes than were written
+
+
+def verify(handle: Tensor) -> list[BadPage]:
+    """Pages of a layer that the drive does not give back as they were written."""
+    return [BadPage(*page) for page in _call(_ops.verify, handle).tolist()]
+
+
+def shrink(drive: Tensor) -> int:
+    """Gives the unused end of the file back to the file system. Returns its bytes."""
+    return int(_call(_ops.shrink, drive))
+
+
+def check_room(drive: Tensor, size_bytes: int) -> None:
+    """Raises StoreFullError, with the numbers, if so many bytes of pages more cannot be stored."""
+    _call(_ops.check_room, drive, size_bytes)
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 # ---- computing --------------------------------------------------------------------------------------------------

@@ -93,9 +93,9 @@ struct OpenedFile {
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine);
 
 enum class DurableMode : uint8_t {
-  kCreate,  // makes the file, mode 0600; it must not exist
-  kWrite,   // reads and writes one that exists
-  kRead,    // only reads it, from a directory that cannot be written if need be
+  kCreate,    // makes the file, mode 0600; it must not exist
+  kWrite,     // reads and writes one that exists
+  kReadOnly,  // only reads it, from a directory that cannot be written if need be
 };
 
 // Opens a file that outlives the process, but only a regular file of ours with one name that nobody else may

@@ -410,7 +410,7 @@ Error private_open_error(const std::string& path, DurableMode mode, int errno_va
   if (errno_value == ELOOP) advice = "; wanted a regular file, this is a symbolic link";
   if (errno_value == EACCES || errno_value == EPERM) {
     advice = "; let user " + std::to_string(geteuid()) + " read" +
-             (mode == DurableMode::kRead ? "" : " and write") + " it, or run as its owner";
+             (mode == DurableMode::kReadOnly ? "" : " and write") + " it, or run as its owner";
   }
   return Error(ErrorKind::kStore, path + ": " + wanted + ": " + std::strerror(errno_value) + advice);
 }

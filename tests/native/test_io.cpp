@@ -911,7 +911,7 @@ static void test_full_and_read_only(const std::string& directory) {
     Buffer buffer(2 << 20);
     CHECK(carry_out(make_io_engine("pread", 1)->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0,
                     {buffer.all()}) == ENOSPC);
-    for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kRead}) {
+    for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kReadOnly}) {
       const OpenedFile file = open_durable_file(path, "auto", mode);
       CHECK(file.reason.find("read 4096 bytes") != std::string::npos);
       close(file.fd);
@@ -923,7 +923,7 @@ static void test_full_and_read_only(const std::string& directory) {
   }
   CHECK(mount(nullptr, small.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0);
   CHECK(throws(ErrorKind::kStore, "Read-only file system", [&] { open_scratch_file(small, "auto"); }));
-  close(open_durable_file(small + "/pages", "auto", DurableMode::kRead).fd);
+  close(open_durable_file(small + "/pages", "auto", DurableMode::kReadOnly).fd);
   CHECK(throws(ErrorKind::kStore, "Read-only file system; open it to read only",
                [&] { open_durable_file(small + "/pages", "auto", DurableMode::kWrite); }));
   CHECK(umount(small.c_str()) == 0);
@@ -956,7 +956,7 @@ static void test_durable_files(const std::string& directory, const std::string& 
   CHECK(throws(ErrorKind::kStore, "File exists; open that one",
                [&] { open_durable_file(path, engine, DurableMode::kCreate); }));
   CHECK(throws(ErrorKind::kCorrupt, "ends at byte 0",
-               [&] { open_durable_file(path, engine, DurableMode::kRead); }));
+               [&] { open_durable_file(path, engine, DurableMode::kReadOnly); }));
 
   // What it holds is not touched by opening it, and can be reached.
   Buffer block(kBlockBytes);
@@ -964,7 +964,7 @@ static void test_durable_files(const std::string& directory, const std::string& 
   const auto io = make_io_engine(made.engine, 1);
   CHECK(carry_out(io->make_queue(made.fd, 1, {}).get(), IoOp::kWrite, 0, {block.all()}) == 0);
   close(made.fd);
-  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kRead}) {
+  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kReadOnly}) {
     const OpenedFile file = open_durable_file(path, engine, mode);
     std::printf("  %s\n", file.reason.c_str());
     is_right(file, mode == DurableMode::kWrite ? O_RDWR : O_RDONLY);
@@ -981,7 +981,7 @@ static void test_durable_files(const std::string& directory, const std::string& 
 }
 
 static void check_refused(const std::string& path, const std::string& text) {
-  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kRead}) {
+  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kReadOnly}) {
     CHECK(throws(ErrorKind::kStore, path + ": ", [&] { open_durable_file(path, "auto", mode); }));
     CHECK(throws(ErrorKind::kStore, text, [&] { open_durable_file(path, "auto", mode); }));
   }
@@ -1055,7 +1055,7 @@ static void test_reading_from_a_directory_that_cannot_be_written(const std::stri
   CHECK(mkdir(closed.c_str(), 0700) == 0);
   const std::string path = file_of(closed, "pages", std::string(2 * kBlockBytes, 'x'));
   const auto act = [&] {
-    const OpenedFile file = open_durable_file(path, "auto", DurableMode::kRead);
+    const OpenedFile file = open_durable_file(path, "auto", DurableMode::kReadOnly);
     std::printf("  %s\n", file.reason.c_str());
     CHECK(file.reason.find("read 4096 bytes") != std::string::npos);
     close(file.fd);
@@ -1065,7 +1065,7 @@ static void test_reading_from_a_directory_that_cannot_be_written(const std::stri
                  [&] { open_durable_file(closed + "/new", "auto", DurableMode::kCreate); }));
     CHECK(chmod(path.c_str(), 0000) == 0);
     CHECK(throws(ErrorKind::kStore, "Permission denied; let user",
-                 [&] { open_durable_file(path, "auto", DurableMode::kRead); }));
+                 [&] { open_durable_file(path, "auto", DurableMode::kReadOnly); }));
   };
   CHECK(chmod(closed.c_str(), 0500) == 0);
   if (geteuid() != 0) {
@@ -1104,8 +1104,8 @@ static void test_alignments(const std::string& directory) {
   const std::string path = file_of(directory, "pages", std::string(kBlockBytes, 'x'));
   told_alignment = 8192;
   for (const bool durable : {false, true}) {
-    const OpenedFile file =
-        durable ? open_durable_file(path, "pread", DurableMode::kRead) : open_scratch_file(directory, "auto");
+    const OpenedFile file = durable ? open_durable_file(path, "pread", DurableMode::kReadOnly)
+                                    : open_scratch_file(directory, "auto");
     std::printf("  %s\n", file.reason.c_str());
     CHECK(!file.direct_io && (fcntl(file.fd, F_GETFL) & O_DIRECT) == 0);
     CHECK(file.reason.find("aligned to 8192 bytes") != std::string::npos);

@@ -1,0 +1,399 @@
+"""Drives: the native file of pages that stores share, and for sequences that outlive the process its catalogue."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import threading
+import time
+import weakref
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from torch_csd import ops
+from torch_csd.catalogue import (
+    ENTRY_BYTES,
+    PAGE_TOKENS,
+    Catalogue,
+    LayerTable,
+    RowTable,
+    Sequence,
+    StoreDirectory,
+    sync_directory,
+)
+from torch_csd.config import StoreConfig, parse_kv_dtype
+from torch_csd.errors import StoreBusyError, StoreError
+
+CODE_BITS = {torch.int8: 8, torch.int4: 4}
+
+_snapshot_numbers = itertools.count()
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One layer as the store knows it: its native handle, and what it was created with."""
+
+    handle: Tensor  # [3], int64
+    num_kv_heads: int
+    head_dim_k: int
+    head_dim_v: int
+    kv_dtype: torch.dtype  # on the drive
+    dtype: torch.dtype  # of what is appended
+    device: torch.device  # of what is appended
+    # The newest handle of one state, by epoch: what K and V handed out in the same state share.
+    _snapshots: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def at(self, epoch: int) -> Tensor:
+        """The layer's handle in one state: ops that are given it refuse to run in another."""
+        handle = self._snapshots.get(epoch)
+        if handle is None:
+            with torch.inference_mode(False):  # it outlives the mode it is made in
+                handle = self.handle.clone()
+                handle[2] = epoch
+            self._snapshots.clear()
+            self._snapshots[epoch] = handle
+        return handle
+
+
+class Drive:
+    """The native drive that a store and its forks share; closed when the last of them is."""
+
+    durable = False
+
+    def __init__(self, config: StoreConfig, *, path: str = "", mode: str = "", store_id: bytes = bytes(16)) -> None:
+        self.config = config
+        self.handle = ops.open_drive(
+            config.directory,
+            io_engine=config.io_engine,
+            simd=config.simd,
+            memory_budget_bytes=config.memory_budget_bytes,
+            threads=config.threads,
+            queue_depth=config.queue_depth,
+            read_ahead_bytes=config.read_ahead_bytes,
+            resident=config.resident,
+            max_bytes=config.max_bytes or 0,
+            durable_path=path,
+            mode=mode,
+            store_id=store_id,
+        )
+        self._lock = self._make_lock()
+        self._users = 0
+        self._finalizer = weakref.finalize(self, _close_quietly, self.handle, os.getpid())
+
+    def _make_lock(self) -> threading.RLock:
+        return threading.RLock()  # a finalizer may run in the middle of acquire()
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def release(self, name: str | None = None) -> None:
+        """One user less; ``name`` is that of the sequence that it had open."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._finalizer()
+
+
+def _close_quietly(handle: Tensor, process: int) -> None:
+    # A forked child must not tear down what belongs to its parent.
+    if os.getpid() == process:
+        ops.close_drive(handle)
+
+
+class DurableDrive(Drive):
+    """A drive whose sequences are kept: its file of pages has a name, and a catalogue beside it.
+
+    At most one process has it open for writing, once: the stores of one process share it (:func:`open_writer`). The
+    space of what the catalogue names is held by *snapshots*, numbers that the native drive knows; one is let go when a
+    later transaction no longer names that space and no reader may still have an older catalogue.
+    """
+
+    durable = True
+
+    def __init__(self, config: StoreConfig, directory: StoreDirectory, *, read_only: bool = False) -> None:
+        self.directory = directory
+        self.read_only = read_only
+        self._snapshots: dict[str, int] = {}  # by name: of what the catalogue has
+        self._in_doubt: dict[str, list[int]] = {}  # of commits that failed, but may have come through
+        self._outdated: list[int] = []
+        self._open_names: set[str] = set()
+        directory.lock_reader() if read_only else directory.lock_writer()
+        try:
+            if not read_only and not os.path.lexists(directory.catalogue_path):
+                _remove_leftovers(directory)
+                store_id = secrets.token_bytes(16)
+                super().__init__(config, path=directory.pages_path, mode="create", store_id=store_id)
+                self.catalogue = _create_catalogue(directory, store_id)
+            else:
+                self.catalogue = Catalogue.open(directory.catalogue_path, read_only=read_only)
+                super().__init__(
+                    config,
+                    path=directory.pages_path,
+                    mode="read" if read_only else "write",
+                    store_id=self.catalogue.store_id,
+                )
+            self._finalizer.detach()
+            self._finalizer = weakref.finalize(
+                self, _close_durable, self.handle, os.getpid(), self.catalogue, self.directory
+            )
+            self._adopt()
+        except BaseException:
+            if hasattr(self, "handle"):
+                ops.close_drive(self.handle)
+            if hasattr(self, "catalogue"):
+                self.catalogue.close()
+            directory.unlock()
+            raise
+
+    def _make_lock(self) -> threading.RLock:
+        return _durable_lock
+
+    def _adopt(self) -> None:
+        sequences = self.catalogue.load_all()
+        entries = [b"".join(row.entries for layer in sequence.layers for row in layer.rows) for sequence in sequences]
+        self._snapshots = {sequence.name: next(_snapshot_numbers) for sequence in sequences}
+        counts = [len(table) // ENTRY_BYTES for table in entries]
+        ops.adopt(self.handle, list(self._snapshots.values()), counts, b"".join(entries))
+
+    # ---- sequences -----------------------------------------------------------------------------------------------
+
+    def claim(self, name: str, *, new: bool) -> None:
+        """Makes a name this caller's until :meth:`release`.
+
+        Raises:
+            StoreBusyError: another store of this process has it. StoreError: a new one exists already.
+        """
+        with self._lock:
+            if name in self._open_names:
+                raise StoreBusyError(f"sequence {name!r} is open in this process already; close it first, or fork it")
+            if new and name in self._snapshots:
+                raise StoreError(
+                    f"{self.directory.path}: there is a sequence {name!r} already; open it instead, remove it, or "
+                    f"choose another name"
+                )
+            if not self.read_only:
+                self._open_names.add(name)
+
+    def release(self, name: str | None = None) -> None:
+        with self._lock:
+            if name is not None:
+                self._open_names.discard(name)
+            super().release()
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def begins(self, name: str) -> dict[int, int]:
+        """By layer, the first position of a committed sequence that can be read."""
+        return {layer.number: layer.begin for layer in self.catalogue.load(name).layers}
+
+    def load(self, name: str, device: torch.device) -> tuple[dict[int, StoredLayer], Sequence]:
+        """The layers of a committed sequence, to be appended to and dropped by the caller.
+
+        Raises:
+            StoreError: there is no such sequence. StoreCorruptError: it is damaged.
+        """
+        with self._lock:
+            sequence = self.catalogue.load(name)
+            layers: dict[int, StoredLayer] = {}
+            try:
+                for table in sequence.layers:
+                    layers[table.number] = self._restore(table, self._snapshots[name], device)
+            except BaseException:
+                for stored in layers.values():
+                    ops.drop_layer(stored.handle)
+                raise
+        return layers, sequence
+
+    def _restore(self, table: LayerTable, snapshot: int, device: torch.device) -> StoredLayer:
+        kv_dtype, dtype = parse_kv_dtype(table.kv_dtype), getattr(torch, table.dtype)
+        handle = ops.restore_layer(
+            self.handle,
+            num_kv_heads=table.num_kv_heads,
+            head_dim_k=table.head_dim_k,
+            head_dim_v=table.head_dim_v,
+            dtype=dtype if kv_dtype in CODE_BITS else kv_dtype,
+            code_bits=CODE_BITS.get(kv_dtype, 0),
+            begin=table.begin,
+            first_pages=[row.first_page for row in table.rows],
+            lengths=[row.length for row in table.rows],
+            entries=b"".join(row.entries for row in table.rows),
+            snapshot=snapshot,
+        )
+        return StoredLayer(handle, table.num_kv_heads, table.head_dim_k, table.head_dim_v, kv_dtype, dtype, device)
+
+    def commit(
+        self, name: str, layers: Mapping[int, StoredLayer], metadata: dict, token_ids: tuple[array, ...] | None
+    ) -> None:
+        """Makes what these layers hold the sequence of this name, for good."""
+        with self._lock:
+            snapshot = next(_snapshot_numbers)
+            numbers = sorted(layers)
+            tables = ops.commit(self.handle, snapshot, [layers[number].handle for number in numbers])
+            committed_s = time.time()
+            try:
+                self.catalogue.commit(
+                    Sequence(
+                        name=name,
+                        metadata=metadata,
+                        layers=tuple(
+                            _table(number, layers[number], table) for number, table in zip(numbers, tables, strict=True)
+                        ),
+                        token_ids=token_ids,
+                        created_s=committed_s,
+                        committed_s=committed_s,
+                    )
+                )
+            except BaseException:
+                # It may have come through all the same: its space stays held until a later commit did.
+                self._in_doubt.setdefault(name, []).append(snapshot)
+                raise
+            self._forget(name)
+            self._snapshots[name] = snapshot
+            self._release_outdated()
+
+    def remove(self, name: str) -> None:
+        """Removes a sequence from the catalogue; pages that no other has are free.
+
+        Raises:
+            StoreBusyError: it is open. StoreError: there is none of this name.
+        """
+        with self._lock:
+            if name in self._open_names:
+                raise StoreBusyError(f"sequence {name!r} is open in this process; close it first")
+            self.catalogue.remove(name)
+            self._forget(name)
+            self._release_outdated()
+
+    def shrink(self) -> int:
+        """Gives the unused end of the file of pages back to the file system; the bytes that it was."""
+        with self._lock:
+            self._release_outdated()
+            return ops.shrink(self.handle)
+
+    def _forget(self, name: str) -> None:
+        """The catalogue names other pages under this name now, or none."""
+        self._outdated += self._in_doubt.pop(name, [])
+        if name in self._snapshots:
+            self._outdated.append(self._snapshots.pop(name))
+
+    def _release_outdated(self) -> None:
+        if not self._outdated or self.directory.has_readers():
+            return
+        while self._outdated:
+            ops.release(self.handle, self._outdated.pop())
+
+
+def _table(number: int, stored: StoredLayer, table: ops.CommittedLayer) -> LayerTable:
+    rows = []
+    begin = 0
+    for first_page, length in table.rows:
+        end = begin + (-(-length // PAGE_TOKENS) - first_page) * ENTRY_BYTES
+        rows.append(RowTable(first_page, length, table.entries[begin:end]))
+        begin = end
+    return LayerTable(
+        number=number,
+        num_kv_heads=stored.num_kv_heads,
+        head_dim_k=stored.head_dim_k,
+        head_dim_v=stored.head_dim_v,
+        kv_dtype=dtype_text(stored.kv_dtype),
+        dtype=dtype_text(stored.dtype),
+        begin=table.begin,
+        rows=tuple(rows),
+    )
+
+
+def _close_durable(handle: Tensor, process: int, catalogue: Catalogue, directory: StoreDirectory) -> None:
+    if os.getpid() != process:
+        return
+    try:
+        ops.close_drive(handle)
+    finally:
+        catalogue.close()
+        directory.unlock()
+
+
+def _remove_leftovers(directory: StoreDirectory) -> None:
+    """What a process has left that ended while it made the store: the catalogue comes last."""
+    for path in (directory.pages_path, *_new_catalogue_paths(directory)):
+        if os.path.lexists(path):
+            os.unlink(path)
+
+
+def _new_catalogue_paths(directory: StoreDirectory) -> tuple[str, str]:
+    path = directory.catalogue_path + ".new"
+    return path, path + "-journal"
+
+
+def _create_catalogue(directory: StoreDirectory, store_id: bytes) -> Catalogue:
+    new_path, _ = _new_catalogue_paths(directory)
+    Catalogue.create(new_path, store_id).close()
+    os.rename(new_path, directory.catalogue_path)
+    sync_directory(directory.path)
+    return Catalogue.open(directory.catalogue_path)
+
+
+# ---- one writer in this process ------------------------------------------------------------------------------------
+
+_writers: weakref.WeakValueDictionary[str, DurableDrive] = weakref.WeakValueDictionary()  # by path of the store
+# One for all durable drives: a finalizer that lets go of one may run while another is being opened.
+_durable_lock = threading.RLock()
+
+
+def _forget_parents_writers() -> None:
+    global _durable_lock
+    _durable_lock = threading.RLock()
+    _writers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parents_writers)
+
+
+def open_writer(config: StoreConfig, *, create: bool, any_settings: bool = False) -> DurableDrive:
+    """The drive that this process writes the durable store below ``config.directory`` with, acquired.
+
+    ``any_settings``: where it is open already, its own settings will do.
+
+    Raises:
+        StoreBusyError: another process has it open. StoreError: there is none, and none is to be made.
+        ValueError: this process has it open with other settings.
+    """
+    config = replace(config, kv_dtype=None)  # that is a sequence's own
+    with _durable_lock:
+        directory = StoreDirectory.create(config.directory) if create else find_store(config.directory)
+        key = os.path.realpath(directory.path)
+        drive = _writers.get(key)
+        if drive is None or drive.closed:
+            drive = DurableDrive(config, directory)
+            _writers[key] = drive
+        elif drive.config != config and not any_settings:
+            raise ValueError(
+                f"{directory.path} is open in this process with other settings ({_differences(drive.config, config)}); "
+                f"open it with the same, or close it first"
+            )
+        drive.acquire()
+        return drive
+
+
+def find_store(directory: str) -> StoreDirectory:
+    """Raises StoreError where there is none."""
+    found = StoreDirectory.find(directory)
+    if found is None or not os.path.lexists(found.catalogue_path):
+        raise StoreError(f"{directory}: no durable store here; make one with durable=True, or name another directory")
+    return found
+
+
+def _differences(there: StoreConfig, wanted: StoreConfig) -> str:
+    pairs = ((name, value, vars(wanted)[name]) for name, value in vars(there).items())
+    return ", ".join(f"{name} {value!r}, not {other!r}" for name, value, other in pairs if value != other)
