@@ -210,13 +210,13 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
         }
       }
       if (!first.written) continue;
-      auto* memory = static_cast<uint8_t*>(page_image_.reserve((end - begin) * page_bytes));
-      const bool apart = read_bytes(first.file_offset, (end - begin) * page_bytes, memory) != 0;
+      const uint8_t* bytes = nullptr;
+      const bool apart = read_bytes(first.file_offset, (end - begin) * page_bytes, &bytes) != 0;
       for (int64_t index = begin; index < end; ++index) {
         const Page& page = *row.page(index);
-        uint8_t* image = memory + (index - begin) * page_bytes;
+        const uint8_t* image = bytes + (index - begin) * page_bytes;
         // One that cannot be read must not hide the others.
-        const int error = apart ? read_bytes(page.file_offset, page_bytes, image) : 0;
+        const int error = apart ? read_bytes(page.file_offset, page_bytes, &image) : 0;
         if (error != 0 || crc32c(image, page_bytes) != page.checksum) {
           bad.push_back({static_cast<int64_t>(i), index, page.file_offset, error});
         }

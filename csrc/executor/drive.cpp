@@ -346,10 +346,8 @@ const Ref<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
     const Page& old = *row->pages.back();
     if (old.quantised) {
       packer_->convert(page_image(old), geometry.stored(), page->memory, geometry.full_precision());
-    } else if (old.memory != nullptr) {
-      std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes()));
     } else {
-      read_page(old, page->memory);
+      std::memcpy(page->memory, page_image(old), static_cast<size_t>(old.page_bytes()));
     }
     replaced->push_back({row, index, std::move(row->pages.back())});
     row->pages.back() = std::move(page);
@@ -562,28 +560,28 @@ void Drive::settle_writes() {
 // A page's bytes, until the next call: where they are in memory, else read.
 const uint8_t* Drive::page_image(const Page& page) {
   if (page.memory != nullptr) return page.memory;
-  auto* memory = static_cast<uint8_t*>(page_image_.reserve(page.page_bytes()));
-  read_page(page, memory);
-  return memory;
-}
-
-void Drive::read_page(const Page& page, uint8_t* memory) {
-  const int error = read_bytes(page.file_offset, page.page_bytes(), memory);
+  const uint8_t* bytes = nullptr;
+  const int error = read_bytes(page.file_offset, page.page_bytes(), &bytes);
   if (error != 0) {
     throw io_error(file_.path, "reading a KV page at byte " + text(page.file_offset) + " failed", error);
   }
+  return bytes;
 }
 
-// 0 or an errno value.
-int Drive::read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory) {
-  iovec segment{memory, static_cast<size_t>(bytes)};
+// 0, and the bytes until the next call, or an errno value. Into memory of our own, whatever it is for: where
+// the queue gives up waiting, it goes on being written to, and nobody else may have it.
+int Drive::read_bytes(int64_t file_offset, int64_t byte_count, const uint8_t** bytes) {
+  std::vector<IoCompletion> completions;
+  while (page_queue_->in_flight() > 0) page_queue_->reap(true, &completions);
+  completions.clear();
+  page_segment_ = {page_image_.reserve(byte_count), static_cast<size_t>(byte_count)};
   IoRequest request;
   request.file_offset = file_offset;
-  request.segments = &segment;
+  request.segments = &page_segment_;
   request.segment_count = 1;
   page_queue_->submit(request);
-  std::vector<IoCompletion> completions;
   while (completions.empty()) page_queue_->reap(true, &completions);
+  *bytes = static_cast<const uint8_t*>(page_segment_.iov_base);
   return completions.front().error;
 }
 

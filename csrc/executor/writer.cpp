@@ -73,7 +73,13 @@ void Writer::flush() {
   io.segments = request.segments.data();
   io.segment_count = static_cast<int>(request.segments.size());
   io.tag = tag;
-  queue_->submit(io);
+  try {
+    queue_->submit(io);
+  } catch (...) {
+    batch_ = std::exchange(request, Batch{});  // for the next flush
+    free_tags_.push_back(tag);
+    throw;
+  }
 }
 
 void Writer::reap(bool wait) {
