@@ -23,6 +23,7 @@
 
 #include "base/error.h"
 #include "executor/drive.h"
+#include "module.h"
 
 namespace csd::ops {
 namespace {
@@ -65,6 +66,12 @@ Handle open_handle(const Tensor& handle) {
   const auto found = registry().find(values[0]);
   if (found == registry().end()) throw Error(ErrorKind::kClosed, "this store is closed; open a new one");
   return {found->second, values[1], values[2]};
+}
+
+// At the end of every op that moves bytes.
+void warn_about(Drive* drive) {
+  const std::string warning = drive->take_warning();
+  if (!warning.empty()) warn_in_python(warning);
 }
 
 // ---- tensors ----
@@ -345,7 +352,9 @@ Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     }
     request.lengths = lengths->data();
   }
-  return info_tensor(target.drive->append(target.layer, request));
+  const LayerInfo info = target.drive->append(target.layer, request);
+  warn_about(target.drive.get());
+  return info_tensor(info);
 }
 
 void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
@@ -364,7 +373,11 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
   target.drive->reorder(target.layer, index);
 }
 
-void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
+void flush(const Tensor& drive) {
+  const Handle target = open_handle(drive);
+  target.drive->flush();
+  warn_about(target.drive.get());
+}
 
 // ---- what outlives the process ----
 
@@ -406,7 +419,9 @@ void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_
 // For each layer: begin, the number of its rows, and for each row its first page and its length; and the
 // entries of all.
 std::tuple<Tensor, Tensor> commit(const Tensor& drive, int64_t snapshot, std::vector<int64_t> layers) {
-  const std::vector<LayerTable> tables = open_handle(drive).drive->commit(snapshot, layers);
+  const Handle target = open_handle(drive);
+  const std::vector<LayerTable> tables = target.drive->commit(snapshot, layers);
+  warn_about(target.drive.get());
   std::vector<int64_t> numbers;
   int64_t entry_count = 0;
   for (const LayerTable& table : tables) {
@@ -437,6 +452,7 @@ void release(const Tensor& drive, int64_t snapshot) { open_handle(drive).drive->
 Tensor verify(const Tensor& handle) {
   const Handle source = open_handle(handle);
   const std::vector<BadPage> bad = source.drive->verify(source.layer);
+  warn_about(source.drive.get());
   Tensor result = new_tensor({static_cast<int64_t>(bad.size()), 4}, ScalarType::Long);
   auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
   for (const BadPage& page : bad) {
@@ -486,6 +502,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.out = out.mutable_data_ptr();
   request.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return {out, lse};
 }
 
@@ -505,6 +522,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -525,6 +543,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
   Tensor out = new_tensor({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -543,6 +562,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   Tensor out = new_tensor({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
   (values ? request.v : request.k) = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -555,7 +575,12 @@ Tensor text_tensor(const std::string& value) {
   return result;
 }
 
-Tensor stats(const Tensor& drive) { return text_tensor(open_handle(drive).drive->stats_json()); }
+Tensor stats(const Tensor& drive) {
+  const Handle source = open_handle(drive);
+  const std::string json = source.drive->stats_json();
+  warn_about(source.drive.get());
+  return text_tensor(json);
+}
 
 Tensor probe(std::string directory, std::string io_engine) {
   const ProbeResult result = probe_directory(directory, io_engine);

@@ -53,7 +53,8 @@ class KVStore:
         kv_dtype: dtype on the drive (float32, bfloat16, float16, int8, int4 or their names); ``None``: as appended.
             int8 and int4 quantise all but the newest 65 to 128 tokens of a row: K per channel over a page of 64
             tokens, V per token, each value off by at most half a step: (max - min) / 255 / 2 or / 15 / 2 of its group.
-        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
+        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``. Where the kernel refuses io_uring later on (a container's
+            seccomp filter), the store goes on with pread and warns once.
         threads: workers for reading and arithmetic; ``None``: ``torch.get_num_threads()``.
         queue_depth: reads in flight during a call, all workers together.
         read_ahead: memory for what is read before it is needed, while the caller computes: attention that goes over

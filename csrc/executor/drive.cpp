@@ -770,6 +770,11 @@ void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
 
 // ---- reporting ----
 
+std::string Drive::fallback_warning() const {
+  return file_.path + ": " + engine_->fallback_reason() +
+         "; this drive reads and writes with pread from now on";
+}
+
 std::string Drive::stats_json() {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
@@ -802,8 +807,12 @@ std::string Drive::stats_json() {
   };
   std::string json = "{";
   json += quoted("directory", options_.directory);
-  json += quoted("io_engine", file_.engine);
-  json += quoted("io_reason", file_.reason);
+  const char* fallback = engine_->fallback_reason();
+  json += quoted("io_engine", engine_->name());
+  json +=
+      quoted("io_reason", fallback == nullptr ? file_.reason
+                                              : "pread since io_uring was refused: " + std::string(fallback) +
+                                                    "; it began with " + file_.reason);
   json += std::string("\"direct_io\": ") + (file_.direct_io ? "true, " : "false, ");
   json += quoted("simd", kernels_.name);
   json += number("threads", stream_->worker_limit());

@@ -9,6 +9,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -136,6 +137,13 @@ class Drive {
 
   std::string stats_json();
 
+  // Once, when io_uring was refused in the middle of the run: what happened, for the user. Else empty. Asked
+  // after every op, so it takes no lock.
+  std::string take_warning() {
+    if (engine_->fallback_reason() == nullptr || warned_.exchange(true)) return {};
+    return fallback_warning();
+  }
+
  private:
   // A page that an append put another in the place of, kept until the append is sure to stand.
   struct ReplacedPage {
@@ -149,6 +157,7 @@ class Drive {
   static const Ref<Extent>& extent_at(const std::vector<Ref<Extent>>& extents, int64_t file_offset);
   void check_writable() const;
   static LayerInfo info_of(const Layer& layer);
+  std::string fallback_warning() const;
   void check_process() const;
   Row new_row(const Geometry& geometry);
   Ref<Home> new_home(const Geometry& geometry);
@@ -186,6 +195,7 @@ class Drive {
   const Kernels& kernels_;
   OpenedFile file_;
   std::unique_ptr<IoEngine> engine_;
+  std::atomic<bool> warned_{false};  // that it fell back
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;
