@@ -206,7 +206,8 @@ void close(const Tensor& drive) {
 }
 
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
-          int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident) {
+          int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident,
+          bool checksums) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -216,6 +217,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   options.queue_depth = queue_depth;
   options.read_ahead_bytes = read_ahead;
   options.resident = resident;
+  options.checksums = checksums;
   options.lend_threads = &lend_torch_threads;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
@@ -224,7 +226,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
 }
 
 void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType dtype, int64_t code_bits) {
+                  ScalarType dtype, int64_t code_bits, int64_t number) {
   if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
   for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
     if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
@@ -242,7 +244,7 @@ void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k
   }
   geometry.code_bits = static_cast<int>(code_bits);
   const Handle target = open_handle(handle);
-  target.drive->create_layer(target.layer, geometry);
+  target.drive->create_layer(target.layer, geometry, number);
 }
 
 void fork_layer(const Tensor& handle, const Tensor& source) {
@@ -454,11 +456,11 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, int read_ahead, bool resident) -> ()");
+      "int queue_depth, int read_ahead, bool resident, bool checksums) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits) -> ()");
+      "int code_bits, int number) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");

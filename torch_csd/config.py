@@ -103,6 +103,7 @@ class StoreConfig:
     queue_depth: int
     read_ahead_bytes: int | None
     resident: bool
+    checksums: bool
 
     @staticmethod
     def make(
@@ -116,6 +117,7 @@ class StoreConfig:
         queue_depth: int,
         read_ahead: int | str | None,
         resident: bool,
+        checksums: bool,
     ) -> StoreConfig:
         """Validates what a user passed and fills in defaults.
 
@@ -143,4 +145,5 @@ class StoreConfig:
             queue_depth=as_int(queue_depth, "queue_depth", low=2, high=1024),
             read_ahead_bytes=None if read_ahead is None else parse_bytes(read_ahead),
             resident=bool(resident),
+            checksums=bool(checksums),
         )

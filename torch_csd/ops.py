@@ -72,11 +72,12 @@ def open_drive(
     queue_depth: int,
     read_ahead_bytes: int | None,
     resident: bool,
+    checksums: bool,
 ) -> Tensor:
     """A new drive's handle."""
     drive = torch.tensor([next(_drive_numbers), -1, -1])
     read_ahead = -1 if read_ahead_bytes is None else read_ahead_bytes
-    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident)
+    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident, checksums)
     _call(_ops.open, drive, directory, *settings)
     return drive
 
@@ -87,11 +88,21 @@ def close_drive(drive: Tensor) -> None:
 
 
 def create_layer(
-    drive: Tensor, *, num_kv_heads: int, head_dim_k: int, head_dim_v: int, dtype: torch.dtype, code_bits: int
+    drive: Tensor,
+    *,
+    number: int,
+    num_kv_heads: int,
+    head_dim_k: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    code_bits: int,
 ) -> Tensor:
-    """A new, empty layer's handle. ``code_bits`` 8 or 4: all but the newest pages are quantised; 0: none."""
+    """A new, empty layer's handle. ``code_bits`` 8 or 4: all but the newest pages are quantised; 0: none.
+
+    ``number`` is what errors call it.
+    """
     handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
-    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
+    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits, number)
     return handle
 
 

@@ -67,6 +67,7 @@ class _Drive:
             queue_depth=config.queue_depth,
             read_ahead_bytes=config.read_ahead_bytes,
             resident=config.resident,
+            checksums=config.checksums,
         )
         self._lock = threading.RLock()  # a finalizer may run in the middle of acquire()
         self._users = 0
@@ -113,6 +114,7 @@ class KVStore:
         simd: ``"serial"``, ``"avx2"``, ``"avx512"``, ``"avx512vnni"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest
             there is.
         resident: ``False`` sends every full page to the drive even if there is room in memory (cold benchmarks).
+        checksums: ``False`` does not compare pages with their checksums when they are read from the drive.
 
     Raises:
         StoreError: the directory is missing, is not one, or cannot be written.
@@ -138,6 +140,7 @@ class KVStore:
         read_ahead: int | str | None = None,
         simd: str | None = None,
         resident: bool = True,
+        checksums: bool = True,
     ) -> None:
         config = StoreConfig.make(
             directory,
@@ -149,6 +152,7 @@ class KVStore:
             queue_depth=queue_depth,
             read_ahead=read_ahead,
             resident=resident,
+            checksums=checksums,
         )
         self._attach(_Drive(config))
 
@@ -215,6 +219,7 @@ class KVStore:
         Raises:
             ValueError: shape, dtype, device or batch differ from the layer's.
             StoreFullError: the drive is full. StoreError: a write failed. MemoryBudgetError: the budget is too small.
+            StoreCorruptError: the page to go on from had left memory, and came back damaged.
         """
         self._check_open()
         for name, tensor in (("k", k), ("v", v)):
@@ -239,7 +244,7 @@ class KVStore:
         stored = self._layers.get(layer)
         is_new = stored is None
         if stored is None:
-            stored = self._create_layer(k, v)
+            stored = self._create_layer(layer, k, v)
         elif k.dtype != stored.dtype or k.device != stored.device:
             raise ValueError(
                 f"layer {layer} takes {stored.dtype} on {stored.device}, got {k.dtype} on {k.device}; "
@@ -254,10 +259,11 @@ class KVStore:
         self._layers[layer] = stored
         return state
 
-    def _create_layer(self, k: Tensor, v: Tensor) -> StoredLayer:
+    def _create_layer(self, number: int, k: Tensor, v: Tensor) -> StoredLayer:
         kv_dtype = self.kv_dtype or k.dtype
         handle = ops.create_layer(
             self._drive.handle,
+            number=number if isinstance(number, int) and 0 <= number < 2**62 else -1,
             num_kv_heads=k.shape[1],
             head_dim_k=k.shape[3],
             head_dim_v=v.shape[3],
@@ -361,7 +367,8 @@ class KVStore:
             ``lse [batch, num_heads, q_len]``, float32, natural log. A query that sees nothing: 0 and -inf.
 
         Raises:
-            ValueError: shapes or settings that do not fit. StoreError: a read failed.
+            ValueError: shapes or settings that do not fit. StoreError: a read failed. StoreCorruptError: the drive
+            returned other bytes than were written.
         """
         stored = self.layer(layer)
         return attend_layer(

@@ -44,6 +44,7 @@ struct DriveOptions {
   int64_t read_ahead_bytes = -1;
   LendThreads lend_threads = nullptr;  // see base/thread_pool.h
   bool resident = true;                // false: full pages always leave memory (to measure or test the drive)
+  bool checksums = true;               // compared when pages are read; they are computed in any case
 };
 
 // New tokens of one layer: k [row_count, num_kv_heads, q_len, head_dim_k], v likewise, strides in elements,
@@ -73,8 +74,9 @@ class Drive {
   Drive(const Drive&) = delete;
   Drive& operator=(const Drive&) = delete;
 
-  // Layers are numbered by the caller; one that already has the number is replaced.
-  void create_layer(int64_t layer_id, const Geometry& geometry);
+  // Layers are numbered by the caller; one that already has the id is replaced. number: what the user calls
+  // it, for errors to name.
+  void create_layer(int64_t layer_id, const Geometry& geometry, int64_t number);
   void fork_layer(int64_t layer_id, int64_t source_id);
   void drop_layer(int64_t layer_id);
   LayerInfo info(int64_t layer_id);
@@ -112,7 +114,7 @@ class Drive {
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
                   std::vector<ReplacedPage>* replaced);
   Ref<Page> new_page(const Row& row, const PageLayout& layout);
-  const Ref<Page>& writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedPage>* replaced);
+  const Ref<Page>& writable_tail(const Layer& layer, Row* row, std::vector<ReplacedPage>* replaced);
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
                       std::vector<ReplacedPage>* replaced);
   void finish_packing();
@@ -124,8 +126,8 @@ class Drive {
   uint8_t* page_memory(int64_t page_bytes);
   bool evict_one(bool tails_too = true);
   void seal(const Ref<Page>& page);
-  const uint8_t* page_image(const Page& page);
-  void read_page(const Page& page, uint8_t* memory);
+  const uint8_t* page_image(const Layer& layer, const PageUse& use);
+  void read_page(const Layer& layer, const PageUse& use, uint8_t* memory);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;

@@ -53,6 +53,7 @@ class StorageCache(DynamicCache):
         read_ahead: int | str | None = None,
         resident: bool = True,
         simd: str | None = None,
+        checksums: bool = True,
     ):
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(
@@ -70,6 +71,7 @@ class StorageCache(DynamicCache):
             read_ahead=read_ahead,
             resident=resident,
             simd=simd,
+            checksums=checksums,
         )
         latent_dims = _latent_dims(config)
         for index, layer in enumerate(self.layers):
