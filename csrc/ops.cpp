@@ -232,7 +232,8 @@ StoreId to_store_id(const Tensor& bytes) {
 // durable_path: empty for a scratch file; the two after it are then not looked at.
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
           int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident,
-          int64_t bytes_max, std::string durable_path, std::string mode, const Tensor& store_id) {
+          bool checksums, int64_t bytes_max, std::string durable_path, std::string mode,
+          const Tensor& store_id) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -248,6 +249,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
     options.durable_mode = durable_mode(mode);
     options.store_id = to_store_id(store_id);
   }
+  options.checksums = checksums;
   options.lend_threads = &lend_torch_threads;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
@@ -277,10 +279,10 @@ Geometry make_geometry(int64_t num_kv_heads, int64_t head_dim_k, int64_t head_di
 }
 
 void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType dtype, int64_t code_bits) {
+                  ScalarType dtype, int64_t code_bits, int64_t number) {
   const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
-  target.drive->create_layer(target.layer, geometry);
+  target.drive->create_layer(target.layer, geometry, number);
 }
 
 void fork_layer(const Tensor& handle, const Tensor& source) {
@@ -404,8 +406,9 @@ void adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int6
 }
 
 void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                   ScalarType dtype, int64_t code_bits, int64_t begin, std::vector<int64_t> first_pages,
-                   std::vector<int64_t> lengths, const Tensor& entries, int64_t snapshot) {
+                   ScalarType dtype, int64_t code_bits, int64_t number, int64_t begin,
+                   std::vector<int64_t> first_pages, std::vector<int64_t> lengths, const Tensor& entries,
+                   int64_t snapshot) {
   const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
   if (first_pages.size() != lengths.size()) fail("restore_layer: a first page for each length");
@@ -413,7 +416,7 @@ void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_
   table.begin = begin;
   for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
   table.entries = entries_of(entries, target.drive->durable_file_bytes());
-  target.drive->restore_layer(target.layer, geometry, table, snapshot);
+  target.drive->restore_layer(target.layer, geometry, number, table, snapshot);
 }
 
 // For each layer: begin, the number of its rows, and for each row its first page and its length; and the
@@ -598,12 +601,12 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, int read_ahead, bool resident, int bytes_max, str durable_path, str mode, "
-      "Tensor store_id) -> ()");
+      "int queue_depth, int read_ahead, bool resident, bool checksums, int bytes_max, str durable_path, "
+      "str mode, Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits) -> ()");
+      "int code_bits, int number) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
@@ -615,7 +618,8 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> ()");
   m.def(
       "restore_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) -> ()");
+      "int code_bits, int number, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) "
+      "-> ()");
   m.def("commit(Tensor(a!) drive, int snapshot, int[] layers) -> (Tensor, Tensor)");
   m.def("release(Tensor(a!) drive, int snapshot) -> ()");
   m.def("verify(Tensor handle) -> Tensor");

@@ -96,14 +96,15 @@ const Ref<Extent>& Drive::extent_at(const std::vector<Ref<Extent>>& extents, int
   return found;
 }
 
-void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, const LayerTable& table,
+void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                           int64_t snapshot_id) {
-  create_layer(layer_id, geometry);
+  create_layer(layer_id, geometry, number);
   std::lock_guard<FairMutex> lock(mutex_);
   check_layer(geometry, table.begin, table.rows, table.entries);
   const auto held = snapshots_.find(snapshot_id);
   CSD_CHECK(held != snapshots_.end(), "restore_layer: no such snapshot");
-  Layer layer{geometry, {}, table.begin, 0};
+  Layer layer = find(layer_id);
+  layer.begin = table.begin;
   std::map<int64_t, Ref<Page>> pages;  // by place: rows of a batch may share some
   const PageEntry* entry = table.entries.data();
   for (const RowTable& stored : table.rows) {

@@ -1,5 +1,6 @@
 #include "executor/writer.h"
 
+#include <cerrno>
 #include <utility>
 
 #include "base/checksum.h"
@@ -65,21 +66,25 @@ void Writer::flush() {
   while (free_tags_.empty()) reap(true);
   const uint64_t tag = free_tags_.back();
   free_tags_.pop_back();
-  Batch& request = requests_[tag];
-  request = std::exchange(batch_, Batch{});
+  requests_[tag] = std::exchange(batch_, Batch{});
+  try {
+    submit(tag);
+  } catch (...) {
+    batch_ = std::exchange(requests_[tag], Batch{});  // for the next flush
+    free_tags_.push_back(tag);
+    throw;
+  }
+}
+
+void Writer::submit(uint64_t tag) {
+  const Batch& request = requests_[tag];
   IoRequest io;
   io.op = IoOp::kWrite;
   io.file_offset = request.file_offset;
   io.segments = request.segments.data();
   io.segment_count = static_cast<int>(request.segments.size());
   io.tag = tag;
-  try {
-    queue_->submit(io);
-  } catch (...) {
-    batch_ = std::exchange(request, Batch{});  // for the next flush
-    free_tags_.push_back(tag);
-    throw;
-  }
+  queue_->submit(io);
 }
 
 void Writer::reap(bool wait) {
@@ -88,6 +93,14 @@ void Writer::reap(bool wait) {
   completions_.clear();
   queue_->reap(wait, &completions_);
   for (const IoCompletion& completion : completions_) {
+    if (completion.error == EIO && !std::exchange(requests_[completion.tag].retried, true)) {
+      try {
+        submit(completion.tag);  // the medium may take it the second time
+        continue;
+      } catch (const Error&) {
+        // Not even asked: as if it had not.
+      }
+    }
     Batch request = std::exchange(requests_[completion.tag], Batch{});
     free_tags_.push_back(completion.tag);
     pending_bytes_ -= request.bytes;

@@ -516,7 +516,7 @@ static Step fork_layer(int64_t layer, int64_t source) {
 }
 
 static Step create(const Geometry& geometry, int64_t layer) {
-  return [=](Drive& drive, std::vector<float>*) { drive.create_layer(layer, geometry); };
+  return [=](Drive& drive, std::vector<float>*) { drive.create_layer(layer, geometry, layer); };
 }
 
 static Step flush() {
