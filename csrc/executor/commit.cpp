@@ -42,7 +42,7 @@ class TailImages {
           extent = extents_.back().get();
         }
         PageEntry entry{extent->take(), page_bytes, crc32c(page->memory, page_bytes), page->quantised};
-        writer_->add_image(page, entry.file_offset);
+        writer_->add_image(page, entry.file_offset, extents_.back());
         entries_[page.get()] = entry;
         left--;
       }
@@ -154,7 +154,11 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
     settle_writes();
     sync_data(file_.fd, file_.path);
   } catch (...) {
-    writer_->drain();  // the images' space is free from here on
+    try {
+      writer_->drain();  // appends may change what images are made of
+    } catch (const Error&) {
+      // The first error is the one to tell.
+    }
     throw;
   }
   std::vector<LayerTable> tables;

@@ -33,8 +33,9 @@ void Writer::add(const Ref<Page>& page, After after) {
   push(page);
 }
 
-void Writer::add_image(const Ref<Page>& page, int64_t file_offset) {
+void Writer::add_image(const Ref<Page>& page, int64_t file_offset, const Ref<Extent>& extent) {
   begin(file_offset, page->page_bytes(), After::kIsImage);
+  batch_.extents.push_back(extent);
   push(page);
 }
 
