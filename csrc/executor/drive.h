@@ -216,6 +216,7 @@ class Drive {
 
   std::map<int64_t, std::vector<Ref<Extent>>> snapshots_;  // each by file offset
   int64_t durable_file_bytes_ = 0;
+  bool sync_failed_ = false;  // no later one can be trusted
 
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;
