@@ -547,6 +547,7 @@ class Catalogue:
                         raise _Invalid(f"token ids are {ids_bytes} bytes of {kind}, wanted a BLOB of 4 bytes for each")
                 if not metadata_matches(metadata):
                     continue
+                head = head or b""  # substr() of an empty BLOB is NULL
                 if ids_bytes > len(head) and wanted.startswith(head):
                     query = "SELECT substr(ids, 1, ?) FROM tokens WHERE sequence = ?"
                     (head,) = connection.execute(query, (len(wanted), number)).fetchone()
@@ -829,6 +830,8 @@ def _connect(path: str, *, read_only: bool = False) -> sqlite3.Connection:
         isolation_level=None,  # transactions begin and end where we say
         check_same_thread=False,  # Catalogue has a lock
     )
+    # Text that is not UTF-8 comes with surrogates, which no check lets pass, not as an error that names no sequence.
+    connection.text_factory = lambda text: text.decode(errors="surrogateescape")
     try:
         for pragma in (
             "trusted_schema = OFF",
@@ -901,6 +904,8 @@ def _check_layer(layer: LayerTable) -> None:
         if not isinstance(dtype, str) or dtype not in known:
             raise _Invalid(f"{where}: {name} is {_shown(dtype)}, wanted one of {', '.join(known)}")
     _check_int(layer.begin, f"{where}: begin", 0, _LENGTH_MAX)
+    if not layer.rows:
+        raise _Invalid(f"{where}: has no rows, wanted one at least")
     tails = _entry_tails(layer)
     for index, row in enumerate(layer.rows):
         _check_row(row, layer.begin, tails, f"{where}: row {index}")
@@ -987,10 +992,12 @@ def _parse_metadata(text: object) -> dict[str, object]:
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
+    metadata = None
     try:
-        metadata = json.loads(text, parse_constant=refuse) if isinstance(text, str) else None
+        if isinstance(text, str) and text.encode():  # surrogates cannot be encoded: ValueError
+            metadata = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
-        metadata = None
+        pass
     if not isinstance(metadata, dict):
         raise _Invalid(f"metadata is {_shown(text)}, wanted a JSON object")
     return metadata
