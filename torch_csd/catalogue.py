@@ -321,20 +321,13 @@ class StoreDirectory:
 
 _directories: weakref.WeakSet[StoreDirectory] = weakref.WeakSet()
 
-# Held while a transaction writes. A fork waits for it: a child that inherits an SQLite connection in the middle of a
-# transaction would roll it back, in the parent's file, when it drops the connection.
-_writing = threading.RLock()
 
-
-def _after_fork_in_child() -> None:
-    _writing.release()
+def _forget_locks() -> None:
     for directory in list(_directories):
         directory._forget_locks()
 
 
-os.register_at_fork(
-    before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_after_fork_in_child
-)  # fmt: skip
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _open_lock(path: str) -> int:
@@ -438,7 +431,7 @@ class Catalogue:
             finally:
                 os.close(descriptor)
         with _sqlite_errors(path):
-            with contextlib.closing(_connect(unfinished)) as connection, _writing:
+            with contextlib.closing(_connect(unfinished)) as connection:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
                     f"{_SCHEMA} INSERT INTO store VALUES (x'{store_id.hex()}'); COMMIT;"
@@ -665,7 +658,7 @@ class Catalogue:
             raise StoreClosedError(f"{self.path}: opened by process {self._process}; open it anew after a fork")
         if write and self._read_only:
             raise StoreError(f"{self.path}: opened for reading only; open the store for writing")
-        with self._lock, _writing if write else contextlib.nullcontext(), _sqlite_errors(self.path):
+        with self._lock, _sqlite_errors(self.path):
             connection = self._connection
             if connection is None:
                 raise StoreClosedError(f"{self.path}: this catalogue is closed; open it anew")
