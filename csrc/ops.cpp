@@ -399,7 +399,7 @@ void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_
   LayerTable table;
   table.begin = begin;
   for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
-  table.entries = entries_of(entries, target.drive->durable_file_bytes());
+  table.entries = entries_of(entries, target.drive->file_bytes());
   target.drive->restore_layer(target.layer, geometry, table, snapshot);
 }
 
