@@ -236,6 +236,11 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
   return bad;
 }
 
+int64_t Drive::file_bytes() {
+  std::lock_guard<FairMutex> lock(mutex_);
+  return space_->file_bytes();
+}
+
 int64_t Drive::shrink() {
   check_process();
   check_writable();

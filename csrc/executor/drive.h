@@ -136,6 +136,7 @@ class Drive {
   // Throws kNoSpace, with the numbers, when so many bytes of pages more cannot be stored.
   void check_room(int64_t bytes);
   int64_t durable_file_bytes() const { return durable_file_bytes_; }  // when it was opened
+  int64_t file_bytes();                                               // now, once it has adopted
 
   std::string stats_json();
 
