@@ -415,7 +415,7 @@ void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_
   LayerTable table;
   table.begin = begin;
   for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
-  table.entries = entries_of(entries, target.drive->durable_file_bytes());
+  table.entries = entries_of(entries, target.drive->file_bytes());
   target.drive->restore_layer(target.layer, geometry, number, table, snapshot);
 }
 
@@ -593,6 +593,16 @@ Tensor probe(std::string directory, std::string io_engine) {
   return text_tensor(lines);
 }
 
+// Lifetime, then the store id.
+Tensor read_header(std::string path) {
+  const Header header = csd::read_header(path);
+  Tensor result = new_tensor({1 + static_cast<int64_t>(header.store_id.size())}, ScalarType::Byte);
+  auto* bytes = static_cast<uint8_t*>(result.mutable_data_ptr());
+  bytes[0] = static_cast<uint8_t>(header.lifetime);
+  std::copy(header.store_id.begin(), header.store_id.end(), bytes + 1);
+  return result;
+}
+
 Tensor supported_simd() { return text_tensor(supported_kernels()); }
 
 }  // namespace
@@ -641,12 +651,14 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
   m.def("stats(Tensor drive) -> Tensor");
   m.def("probe(str directory, str io_engine) -> Tensor");
+  m.def("read_header(str path) -> Tensor");
   m.def("supported_simd() -> Tensor");
 }
 
 // No tensor argument to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(torch_csd, BackendSelect, m) {
   m.impl("probe", TORCH_BOX(&csd::ops::probe));
+  m.impl("read_header", TORCH_BOX(&csd::ops::read_header));
   m.impl("supported_simd", TORCH_BOX(&csd::ops::supported_simd));
 }
 

@@ -335,6 +335,19 @@ def probe(directory: str, io_engine: str) -> dict[str, str | bool | list[str]]:
     }
 
 
+class Header(NamedTuple):
+    """What the first bytes of a file of pages say."""
+
+    durable: bool  # else a scratch file
+    store_id: bytes  # the same as in the catalogue; zeros in a scratch file
+
+
+def read_header(path: str) -> Header:
+    """Raises StoreCorruptError for a file that is none, StoreError for one that cannot be read or is too new."""
+    lifetime, *store_id = _call(_ops.read_header, path).tolist()
+    return Header(lifetime == 1, bytes(store_id))
+
+
 def supported_simd() -> list[str]:
     """Instruction sets this processor runs, slowest first."""
     return _text(_call(_ops.supported_simd)).split(",")
@@ -370,7 +383,7 @@ for _name in (
         return None
 
 
-for _name in ("stats", "probe", "supported_simd"):
+for _name in ("stats", "probe", "read_header", "supported_simd"):
 
     @torch.library.register_fake(f"torch_csd::{_name}")
     def _(*args):

@@ -133,6 +133,13 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
   check_writable();
   CSD_CHECK(!options_.durable_path.empty(), "commit of a scratch file");
   std::lock_guard<FairMutex> lock(mutex_);
+  if (sync_failed_) {
+    throw Error(ErrorKind::kStore,
+                file_.path +
+                    ": an earlier fdatasync failed, after which the kernel may have dropped what it "
+                    "could not write; what was committed before is safe: close the store, look at "
+                    "the drive and open it again");
+  }
   settle_writes();
   TailImages images(space_.get(), writer_.get());
   std::vector<Ref<Extent>> held;
@@ -152,7 +159,9 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
     images.write();
     writer_->drain();
     settle_writes();
+    sync_failed_ = true;
     sync_data(file_.fd, file_.path);
+    sync_failed_ = false;
   } catch (...) {
     try {
       writer_->drain();  // appends may change what images are made of
@@ -229,6 +238,11 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
     }
   }
   return bad;
+}
+
+int64_t Drive::file_bytes() {
+  std::lock_guard<FairMutex> lock(mutex_);
+  return space_->file_bytes();
 }
 
 int64_t Drive::shrink() {

@@ -136,6 +136,7 @@ class Drive {
   // Throws kNoSpace, with the numbers, when so many bytes of pages more cannot be stored.
   void check_room(int64_t bytes);
   int64_t durable_file_bytes() const { return durable_file_bytes_; }  // when it was opened
+  int64_t file_bytes();                                               // now, once it has adopted
 
   std::string stats_json();
 
@@ -216,6 +217,7 @@ class Drive {
 
   std::map<int64_t, std::vector<Ref<Extent>>> snapshots_;  // each by file offset
   int64_t durable_file_bytes_ = 0;
+  bool sync_failed_ = false;  // no later one can be trusted
 
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;
