@@ -592,12 +592,14 @@ class Pair {
     }
   }
 
+  void forget(const std::vector<int64_t>& layers) {
+    for (const int64_t layer : layers) sound_.drop_layer(layer);
+  }
+
   // What a drive must be like when nothing is stored in it any more.
   void drop(const std::vector<int64_t>& layers) {
-    for (const int64_t layer : layers) {
-      faulty_->drop_layer(layer);
-      sound_.drop_layer(layer);
-    }
+    for (const int64_t layer : layers) faulty_->drop_layer(layer);
+    forget(layers);
     faulty_->flush();
     // What was read ahead may have kept space of pages that were still being written then.
     faulty_->create_layer(layers[0], {kHeads, kDimK, kDimV, DType::kBFloat16, 0}, 0);
@@ -849,6 +851,15 @@ static void check_error(const Error& error, const Injection& injection) {
   CHECK(expected && placed);
 }
 
+static bool throws(ErrorKind kind, const std::string& text, const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const Error& error) {
+    return error.kind() == kind && std::strstr(error.what(), text.c_str()) != nullptr;
+  }
+  return false;
+}
+
 static int64_t error_count = 0;
 
 // Whether the fault came about.
@@ -909,6 +920,13 @@ static bool run_case(Pair* pair, const Operation& operation, const Injection& in
       }
     }
     pair->check_layers(there);
+    if (injection.fault == Fault::kSyncError) {  // what is lost is not known, so commits go on failing
+      CHECK(throws(ErrorKind::kStore, "an earlier fdatasync failed",
+                   [&] { pair->run(operation.steps[done]); }));
+      pair->renew();
+      pair->forget(operation.layers);
+      return came;
+    }
     for (; done < operation.steps.size(); done++) pair->run(operation.steps[done]);
     pair->check_layers(operation.layers);
   }
