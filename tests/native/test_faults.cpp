@@ -129,7 +129,8 @@ class FaultyQueue : public IoQueue {
   void submit(const IoRequest& request) override {
     CHECK(in_flight() < depth());
     check_aligned(request);
-    if (hits(Fault::kSubmitThrows) || next_throws_.exchange(false)) {
+    const bool retried = next_throws_.exchange(false) && fault != Fault::kNone;
+    if (retried || hits(Fault::kSubmitThrows)) {
       throw Error(ErrorKind::kStore, "injected: a queue that takes nothing");
     }
     int error = 0;
@@ -165,6 +166,8 @@ class FaultyQueue : public IoQueue {
     const size_t count_before = completions->size();
     for (;;) {
       gather(false);
+      // With others, that what befalls one of them must not lose.
+      while (fault == Fault::kReadRetryThrows && inner_->in_flight() > 0) gather(true);
       if (fault == Fault::kReordered) {
         while (wait && inner_->in_flight() > 0) gather(true);
         if (!finished_.empty()) {
