@@ -27,7 +27,7 @@ from torch_csd.catalogue import (
     sync_directory,
 )
 from torch_csd.config import StoreConfig, parse_kv_dtype
-from torch_csd.errors import StoreBusyError, StoreError
+from torch_csd.errors import StoreBusyError, StoreCorruptError, StoreError
 
 CODE_BITS = {torch.int8: 8, torch.int4: 4}
 
@@ -124,6 +124,7 @@ class DurableDrive(Drive):
     def __init__(self, config: StoreConfig, directory: StoreDirectory, *, read_only: bool = False) -> None:
         self.directory = directory
         self.read_only = read_only
+        self.damaged: dict[str, str] = {}  # by name: why it cannot be opened
         self._snapshots: dict[str, int] = {}  # by name: of what the catalogue has
         self._in_doubt: dict[str, list[int]] = {}  # of commits that failed, but may have come through
         self._outdated: list[int] = []
@@ -160,11 +161,31 @@ class DurableDrive(Drive):
         return _durable_lock
 
     def _adopt(self) -> None:
-        sequences = self.catalogue.load_all()
+        sequences = self._sound_sequences()
         entries = [b"".join(row.entries for layer in sequence.layers for row in layer.rows) for sequence in sequences]
         self._snapshots = {sequence.name: next(_snapshot_numbers) for sequence in sequences}
         counts = [len(table) // ENTRY_BYTES for table in entries]
-        ops.adopt(self.handle, list(self._snapshots.values()), counts, b"".join(entries))
+        refused = ops.adopt(self.handle, list(self._snapshots.values()), counts, b"".join(entries))
+        for name, snapshot in self._snapshots.items():
+            if snapshot in refused:
+                self.damaged[name] = (
+                    f"{self.directory.path}: the page tables of sequence {name!r} are damaged: pages lie outside of "
+                    f"the file, or over those of others; remove it (torch-csd rm) and prefill it anew"
+                )
+
+    def _sound_sequences(self) -> list[Sequence]:
+        try:
+            return self.catalogue.load_all()
+        except StoreCorruptError:
+            if not self.read_only:  # the space of one that cannot be read might be given to others
+                raise
+        sequences = []
+        for name in self.catalogue.names():
+            try:
+                sequences.append(self.catalogue.load(name, token_ids=False))
+            except StoreCorruptError as error:
+                self.damaged[name] = str(error)
+        return sequences
 
     # ---- sequences -----------------------------------------------------------------------------------------------
 
@@ -206,6 +227,8 @@ class DurableDrive(Drive):
             StoreError: there is no such sequence. StoreCorruptError: it is damaged.
         """
         with self._lock:
+            if name in self.damaged:
+                raise StoreCorruptError(self.damaged[name])
             sequence = self.catalogue.load(name)
             layers: dict[int, StoredLayer] = {}
             try:
@@ -275,6 +298,7 @@ class DurableDrive(Drive):
             if name in self._open_names:
                 raise StoreBusyError(f"sequence {name!r} is open in this process; close it first")
             self.catalogue.remove(name)
+            self.damaged.pop(name, None)
             self._forget(name)
             self._release_outdated()
 

@@ -8,26 +8,28 @@ from dataclasses import dataclass
 import torch
 
 from torch_csd import ops
-from torch_csd.catalogue import PAGE_TOKENS, Catalogue, SequenceInfo
+from torch_csd.catalogue import PAGE_TOKENS, Catalogue, SequenceInfo, StoreDirectory
 from torch_csd.config import StoreConfig
 from torch_csd.drive import DurableDrive, find_store, open_writer
-from torch_csd.errors import StoreError
+from torch_csd.errors import StoreCorruptError, StoreError
 
 _MEMORY_BUDGET = "256MiB"  # of what is opened here: pages are only looked at
 
 
 @dataclass(frozen=True)
 class DamagedPage:
-    """A page that the drive does not give back as it was written."""
+    """A page that the drive does not give back as it was written, or a whole sequence whose tables are damaged."""
 
     sequence: str
-    layer: int
-    row: int
-    index: int  # it holds the tokens from position 64 * index on
-    file_offset: int
     reason: str
+    layer: int | None = None  # None, as all that follows: the sequence
+    row: int | None = None
+    index: int | None = None  # it holds the tokens from position 64 * index on
+    file_offset: int | None = None
 
     def __str__(self) -> str:
+        if self.index is None:
+            return f"sequence {self.sequence!r}: {self.reason}"
         begin = self.index * PAGE_TOKENS
         return (
             f"sequence {self.sequence!r}, layer {self.layer}, row {self.row}, page {self.index} (tokens {begin} to "
@@ -67,21 +69,34 @@ def verify(directory: str | os.PathLike[str], name: str | None = None) -> list[D
     config = _config(directory)
     drive = DurableDrive(config, find_store(config.directory), read_only=True)
     drive.acquire()
-    damaged = []
     try:
-        for sequence in [name] if name is not None else drive.catalogue.names():
-            layers, _ = drive.load(sequence, torch.device("cpu"))
-            try:
-                for number, stored in sorted(layers.items()):
-                    for page in ops.verify(stored.handle):
-                        reason = os.strerror(page.error) if page.error else "other bytes than were written"
-                        damaged.append(DamagedPage(sequence, number, page.row, page.index, page.file_offset, reason))
-            finally:
-                for stored in layers.values():
-                    ops.drop_layer(stored.handle)
+        names = drive.catalogue.names() if name is None else [name]
+        return [page for sequence in names for page in _verify_sequence(drive, sequence)]
     finally:
         drive.release()
-    return damaged
+
+
+def _verify_sequence(drive: DurableDrive, name: str) -> list[DamagedPage]:
+    try:
+        layers, _ = drive.load(name, torch.device("cpu"))
+    except StoreCorruptError as error:
+        return [DamagedPage(name, str(error))]
+    try:
+        return [
+            DamagedPage(
+                name,
+                os.strerror(page.error) if page.error else "other bytes than were written",
+                number,
+                page.row,
+                page.index,
+                page.file_offset,
+            )
+            for number, stored in sorted(layers.items())
+            for page in ops.verify(stored.handle)
+        ]
+    finally:
+        for stored in layers.values():
+            ops.drop_layer(stored.handle)
 
 
 def remove_sequence(directory: str | os.PathLike[str], name: str) -> None:
@@ -90,11 +105,29 @@ def remove_sequence(directory: str | os.PathLike[str], name: str) -> None:
     Raises:
         StoreError: there is none of this name. StoreBusyError: it is open, or another process has the store.
     """
-    drive = open_writer(_config(directory), create=False, any_settings=True)
+    config = _config(directory)
+    try:
+        drive = open_writer(config, create=False, any_settings=True)
+    except StoreCorruptError:
+        _remove_unread(find_store(config.directory), name)
+        return
     try:
         drive.remove(name)
     finally:
         drive.release()
+
+
+def _remove_unread(store: StoreDirectory, name: str) -> None:
+    """From a catalogue that names what cannot be read; it may be this."""
+    store.lock_writer()
+    try:
+        catalogue = Catalogue.open(store.catalogue_path)
+        try:
+            catalogue.remove(name)
+        finally:
+            catalogue.close()
+    finally:
+        store.unlock()
 
 
 def collect_garbage(directory: str | os.PathLike[str]) -> int:

@@ -160,9 +160,12 @@ def flush(drive: Tensor) -> None:
 # ---- what outlives the process ----------------------------------------------------------------------------------
 
 
-def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> None:
-    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i."""
-    _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries))
+def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> list[int]:
+    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i.
+
+    Returns the snapshots whose pages lie outside the file, or over others'.
+    """
+    return _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries)).tolist()
 
 
 def restore_layer(
