@@ -1164,6 +1164,8 @@ def _sqlite_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _translated(path, error) from error
+    except UnicodeDecodeError as error:  # SQLite's message quotes a name in the file that is no text
+        raise StoreCorruptError(f"{path}: its schema holds a name that is not UTF-8; {_RESTORE}") from error
 
 
 def _translated(path: str, error: sqlite3.Error) -> Exception:
