@@ -23,6 +23,7 @@
 
 #include "base/error.h"
 #include "executor/drive.h"
+#include "module.h"
 
 namespace csd::ops {
 namespace {
@@ -65,6 +66,12 @@ Handle open_handle(const Tensor& handle) {
   const auto found = registry().find(values[0]);
   if (found == registry().end()) throw Error(ErrorKind::kClosed, "this store is closed; open a new one");
   return {found->second, values[1], values[2]};
+}
+
+// At the end of every op that moves bytes.
+void warn_about(Drive* drive) {
+  const std::string warning = drive->take_warning();
+  if (!warning.empty()) warn_in_python(warning);
 }
 
 // ---- tensors ----
@@ -225,7 +232,8 @@ StoreId to_store_id(const Tensor& bytes) {
 // durable_path: empty for a scratch file; the two after it are then not looked at.
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
           int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident,
-          int64_t bytes_max, std::string durable_path, std::string mode, const Tensor& store_id) {
+          bool checksums, int64_t bytes_max, std::string durable_path, std::string mode,
+          const Tensor& store_id) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -241,6 +249,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
     options.durable_mode = durable_mode(mode);
     options.store_id = to_store_id(store_id);
   }
+  options.checksums = checksums;
   options.lend_threads = &lend_torch_threads;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
@@ -270,10 +279,10 @@ Geometry make_geometry(int64_t num_kv_heads, int64_t head_dim_k, int64_t head_di
 }
 
 void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType dtype, int64_t code_bits) {
+                  ScalarType dtype, int64_t code_bits, int64_t number) {
   const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
-  target.drive->create_layer(target.layer, geometry);
+  target.drive->create_layer(target.layer, geometry, number);
 }
 
 void fork_layer(const Tensor& handle, const Tensor& source) {
@@ -345,7 +354,9 @@ Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     }
     request.lengths = lengths->data();
   }
-  return info_tensor(target.drive->append(target.layer, request));
+  const LayerInfo info = target.drive->append(target.layer, request);
+  warn_about(target.drive.get());
+  return info_tensor(info);
 }
 
 void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
@@ -364,7 +375,11 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
   target.drive->reorder(target.layer, index);
 }
 
-void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
+void flush(const Tensor& drive) {
+  const Handle target = open_handle(drive);
+  target.drive->flush();
+  warn_about(target.drive.get());
+}
 
 // ---- what outlives the process ----
 
@@ -391,8 +406,9 @@ void adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int6
 }
 
 void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                   ScalarType dtype, int64_t code_bits, int64_t begin, std::vector<int64_t> first_pages,
-                   std::vector<int64_t> lengths, const Tensor& entries, int64_t snapshot) {
+                   ScalarType dtype, int64_t code_bits, int64_t number, int64_t begin,
+                   std::vector<int64_t> first_pages, std::vector<int64_t> lengths, const Tensor& entries,
+                   int64_t snapshot) {
   const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
   if (first_pages.size() != lengths.size()) fail("restore_layer: a first page for each length");
@@ -400,13 +416,15 @@ void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_
   table.begin = begin;
   for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
   table.entries = entries_of(entries, target.drive->file_bytes());
-  target.drive->restore_layer(target.layer, geometry, table, snapshot);
+  target.drive->restore_layer(target.layer, geometry, number, table, snapshot);
 }
 
 // For each layer: begin, the number of its rows, and for each row its first page and its length; and the
 // entries of all.
 std::tuple<Tensor, Tensor> commit(const Tensor& drive, int64_t snapshot, std::vector<int64_t> layers) {
-  const std::vector<LayerTable> tables = open_handle(drive).drive->commit(snapshot, layers);
+  const Handle target = open_handle(drive);
+  const std::vector<LayerTable> tables = target.drive->commit(snapshot, layers);
+  warn_about(target.drive.get());
   std::vector<int64_t> numbers;
   int64_t entry_count = 0;
   for (const LayerTable& table : tables) {
@@ -437,6 +455,7 @@ void release(const Tensor& drive, int64_t snapshot) { open_handle(drive).drive->
 Tensor verify(const Tensor& handle) {
   const Handle source = open_handle(handle);
   const std::vector<BadPage> bad = source.drive->verify(source.layer);
+  warn_about(source.drive.get());
   Tensor result = new_tensor({static_cast<int64_t>(bad.size()), 4}, ScalarType::Long);
   auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
   for (const BadPage& page : bad) {
@@ -486,6 +505,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.out = out.mutable_data_ptr();
   request.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return {out, lse};
 }
 
@@ -505,6 +525,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -525,6 +546,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
   Tensor out = new_tensor({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -543,6 +565,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   Tensor out = new_tensor({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
   (values ? request.v : request.k) = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -555,7 +578,12 @@ Tensor text_tensor(const std::string& value) {
   return result;
 }
 
-Tensor stats(const Tensor& drive) { return text_tensor(open_handle(drive).drive->stats_json()); }
+Tensor stats(const Tensor& drive) {
+  const Handle source = open_handle(drive);
+  const std::string json = source.drive->stats_json();
+  warn_about(source.drive.get());
+  return text_tensor(json);
+}
 
 Tensor probe(std::string directory, std::string io_engine) {
   const ProbeResult result = probe_directory(directory, io_engine);
@@ -583,12 +611,12 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, int read_ahead, bool resident, int bytes_max, str durable_path, str mode, "
-      "Tensor store_id) -> ()");
+      "int queue_depth, int read_ahead, bool resident, bool checksums, int bytes_max, str durable_path, "
+      "str mode, Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits) -> ()");
+      "int code_bits, int number) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
@@ -600,7 +628,8 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> ()");
   m.def(
       "restore_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) -> ()");
+      "int code_bits, int number, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) "
+      "-> ()");
   m.def("commit(Tensor(a!) drive, int snapshot, int[] layers) -> (Tensor, Tensor)");
   m.def("release(Tensor(a!) drive, int snapshot) -> ()");
   m.def("verify(Tensor handle) -> Tensor");

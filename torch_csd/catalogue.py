@@ -370,20 +370,13 @@ class StoreDirectory:
 
 _directories: weakref.WeakSet[StoreDirectory] = weakref.WeakSet()
 
-# Held while a transaction writes. A fork waits for it: a child that inherits an SQLite connection in the middle of a
-# transaction would roll it back, in the parent's file, when it drops the connection.
-_writing = threading.RLock()
 
-
-def _after_fork_in_child() -> None:
-    _writing.release()
+def _forget_locks() -> None:
     for directory in list(_directories):
         directory._forget_locks()
 
 
-os.register_at_fork(
-    before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_after_fork_in_child
-)  # fmt: skip
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _open_lock(path: str) -> int:
@@ -504,7 +497,7 @@ class Catalogue:
             finally:
                 os.close(descriptor)
         with _sqlite_errors(path):
-            with contextlib.closing(_connect(unfinished)) as connection, _writing:
+            with contextlib.closing(_connect(unfinished)) as connection:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
                     f"{_SCHEMA} INSERT INTO store VALUES (x'{store_id.hex()}'); COMMIT;"
@@ -642,6 +635,7 @@ class Catalogue:
                         raise _Invalid(f"token ids are {ids_bytes} bytes of {kind}, wanted a BLOB of 4 bytes for each")
                 if not metadata_matches(metadata):
                     continue
+                head = head or b""  # substr() of an empty BLOB is NULL
                 if ids_bytes > len(head) and wanted.startswith(head):
                     query = "SELECT substr(ids, 1, ?) FROM tokens WHERE sequence = ?"
                     (head,) = connection.execute(query, (len(wanted), number)).fetchone()
@@ -762,7 +756,7 @@ class Catalogue:
             raise StoreClosedError(f"{self.path}: opened by process {self._process}; open it anew after a fork")
         if write and self._read_only:
             raise StoreError(f"{self.path}: opened for reading only; open the store for writing")
-        with self._lock, _writing if write else contextlib.nullcontext(), _sqlite_errors(self.path):
+        with self._lock, _sqlite_errors(self.path):
             connection = self._connection
             if connection is None:
                 raise StoreClosedError(f"{self.path}: this catalogue is closed; open it anew")
@@ -927,6 +921,8 @@ def _connect(path: str, *, read_only: bool = False) -> sqlite3.Connection:
         isolation_level=None,  # transactions begin and end where we say
         check_same_thread=False,  # Catalogue has a lock
     )
+    # Text that is not UTF-8 comes with surrogates, which no check lets pass, not as an error that names no sequence.
+    connection.text_factory = lambda text: text.decode(errors="surrogateescape")
     try:
         for pragma in (
             "trusted_schema = OFF",
@@ -999,6 +995,8 @@ def _check_layer(layer: LayerTable) -> None:
         if not isinstance(dtype, str) or dtype not in known:
             raise _Invalid(f"{where}: {name} is {_shown(dtype)}, wanted one of {', '.join(known)}")
     _check_int(layer.begin, f"{where}: begin", 0, _LENGTH_MAX)
+    if not layer.rows:
+        raise _Invalid(f"{where}: has no rows, wanted one at least")
     tails = _entry_tails(layer)
     for index, row in enumerate(layer.rows):
         _check_row(row, layer.begin, tails, f"{where}: row {index}")
@@ -1085,10 +1083,12 @@ def _parse_metadata(text: object) -> dict[str, object]:
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
+    metadata = None
     try:
-        metadata = json.loads(text, parse_constant=refuse) if isinstance(text, str) else None
+        if isinstance(text, str) and text.encode():  # surrogates cannot be encoded: ValueError
+            metadata = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
-        metadata = None
+        pass
     if not isinstance(metadata, dict):
         raise _Invalid(f"metadata is {_shown(text)}, wanted a JSON object")
     return metadata

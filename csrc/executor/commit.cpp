@@ -96,14 +96,15 @@ const Ref<Extent>& Drive::extent_at(const std::vector<Ref<Extent>>& extents, int
   return found;
 }
 
-void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, const LayerTable& table,
+void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                           int64_t snapshot_id) {
-  create_layer(layer_id, geometry);
+  create_layer(layer_id, geometry, number);
   std::lock_guard<FairMutex> lock(mutex_);
   check_layer(geometry, table.begin, table.rows, table.entries);
   const auto held = snapshots_.find(snapshot_id);
   CSD_CHECK(held != snapshots_.end(), "restore_layer: no such snapshot");
-  Layer layer{geometry, {}, table.begin, 0};
+  Layer layer = find(layer_id);
+  layer.begin = table.begin;
   std::map<int64_t, Ref<Page>> pages;  // by place: rows of a batch may share some
   const PageEntry* entry = table.entries.data();
   for (const RowTable& stored : table.rows) {
@@ -132,6 +133,13 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
   check_writable();
   CSD_CHECK(!options_.durable_path.empty(), "commit of a scratch file");
   std::lock_guard<FairMutex> lock(mutex_);
+  if (sync_failed_) {
+    throw Error(ErrorKind::kStore,
+                file_.path +
+                    ": an earlier fdatasync failed, after which the kernel may have dropped what it "
+                    "could not write; what was committed before is safe: close the store, look at "
+                    "the drive and open it again");
+  }
   settle_writes();
   TailImages images(space_.get(), writer_.get());
   std::vector<Ref<Extent>> held;
@@ -151,7 +159,9 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
     images.write();
     writer_->drain();
     settle_writes();
+    sync_failed_ = true;
     sync_data(file_.fd, file_.path);
+    sync_failed_ = false;
   } catch (...) {
     writer_->drain();  // the images' space is free from here on
     throw;
