@@ -114,9 +114,9 @@ def _cut(size: int) -> Callable[[Path], None]:
 FILES = {
     "empty": (_cut(0), StoreCorruptError, "ends at byte 0"),
     "cut within the header": (_cut(40), StoreCorruptError, "ends at byte 40"),
-    "cut behind the header": (_cut(4096), StoreCorruptError, "outside of the file"),
-    "cut before the pages": (_cut(2**20), StoreCorruptError, "outside of the file"),
-    "cut within the pages": (_cut(2**20 + PAGE_BYTES + 4096), StoreCorruptError, "outside of the file"),
+    "cut behind the header": (_cut(4096), StoreCorruptError, "cut short"),
+    "cut before the pages": (_cut(2**20), StoreCorruptError, "cut short"),
+    "cut within the pages": (_cut(2**20 + PAGE_BYTES + 4096), StoreCorruptError, "cut short"),
     "other magic": (_header(0, b"NOTPOOL"), StoreCorruptError, "does not begin with CSDPOOL"),
     "zeros": (_header(0, bytes(64), fix_checksum=False), StoreCorruptError, "does not begin with CSDPOOL"),
     "version 1": (
@@ -210,12 +210,8 @@ def _twice(entries: list[list[int]]) -> None:
 
 
 ENTRIES = {
-    "beyond the end of the file": ("a", _entry(0, file_offset=2**40), "outside of the file, or over"),
-    "half beyond the end": (
-        "a",
-        _entry(-1, file_offset=lambda o: 2**22 - 4096),
-        "outside of the file, or over",
-    ),
+    "beyond the end of the file": ("a", _entry(0, file_offset=2**40), "cut short"),
+    "half beyond the end": ("a", _entry(-1, file_offset=2**21 - 4096), "cut short"),
     "the last offset there is": ("a", _entry(0, file_offset=2**64 - 4096), "file_offset"),
     "an offset whose end overflows": ("a", _entry(0, file_offset=2**63 - 4096), "file_offset"),
     "in the header": ("a", _entry(0, file_offset=0), "file_offset 0"),
