@@ -1274,7 +1274,11 @@ def _translated(path: str, error: sqlite3.Error) -> Exception:
             return StoreBusyError(f"{path}: kept locked for {BUSY_TIMEOUT_S:g} s by another process; try again")
         if "is full" in text:
             return StoreFullError(f"{path}: {text}; nothing was changed; make room on the drive")
-        if "I/O error" in text or "unable to open" in text or "readonly" in text:
+        if "unable to open" in text:
+            return StoreError(
+                f"{path}: {text}; look at the limit of open files (ulimit -n), the drive and the directory's rights"
+            )
+        if "I/O error" in text or "readonly" in text:
             return StoreError(f"{path}: {text}; look at the drive and at the rights on the directory")
     return StoreCorruptError(f"{path}: {text}; {_RESTORE}")
 

@@ -48,6 +48,8 @@ def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Calls an op; its errors come back as the types of errors.py (the ABI carries nothing but their text)."""
     try:
         return op(*args, **kwargs)
+    except MemoryError:
+        raise MemoryError("no memory is left; lower memory_budget, or raise the process's limit (ulimit -v)") from None
     except RuntimeError as error:
         match = _ERROR_TAG.search(str(error))
         if match is None:
