@@ -2,10 +2,12 @@
 // says what happened where; afterwards the drive is as it was before, and works. What is right is known from
 // a second drive that has memory enough never to write and suffers nothing.
 //
-// Plain program: prints a table, exits non-zero on the first failure. argv[1]: a directory on a drive.
+// Plain program: prints a table, exits non-zero on the first failure. argv[1]: a directory. argv[2], ...:
+// only cases with one of these in their names, which are printed as they begin.
 //
 // In one line, from the repository's root (all of csrc but ops.cpp, module.cpp and io/engine.cpp, whose
-// make_io_engine() is replaced here by one that makes engines to inject faults into):
+// make_io_engine() is replaced here by one that makes engines to inject faults into), or by the Makefile
+// here:
 //
 //   g++ -std=c++17 -O1 -g -DCSD_HAVE_LIBURING -Icsrc tests/native/test_faults.cpp csrc/base/*.cpp
 //   csrc/executor/*.cpp csrc/io/{open,pread_engine,uring_engine}.cpp csrc/kernels/*.cpp csrc/store/*.cpp
@@ -937,8 +939,8 @@ static bool run_case(Pair* pair, const Operation& operation, const Injection& in
   return came;
 }
 
-static int64_t run_all(const std::string& directory, const Setting& setting, const std::string& only,
-                       std::map<std::string, int64_t>* came) {
+static int64_t run_all(const std::string& directory, const Setting& setting,
+                       const std::vector<std::string>& only, std::map<std::string, int64_t>* came) {
   Geometry geometry;
   geometry.num_kv_heads = kHeads;
   geometry.head_dim_k = kDimK;
@@ -969,7 +971,10 @@ static int64_t run_all(const std::string& directory, const Setting& setting, con
       for (const int64_t at : injection.ats) {
         current_case =
             setting.name + ", " + operation.name + ", " + injection.name + " (" + std::to_string(at) + ")";
-        if (current_case.find(only) == std::string::npos) continue;
+        const bool wanted = std::any_of(only.begin(), only.end(), [](const std::string& part) {
+          return current_case.find(part) != std::string::npos;
+        });
+        if (!only.empty() && !wanted) continue;
         if (!only.empty()) std::fprintf(stderr, "%s\n", current_case.c_str());
         try {
           if (run_case(&pair, operation, injection, at)) (*came)[injection.name]++;
@@ -984,14 +989,13 @@ static int64_t run_all(const std::string& directory, const Setting& setting, con
   return count;
 }
 
-// argv[2]: only cases with this in their name.
 int main(int argc, char** argv) {
-  if (argc != 2 && argc != 3) {
-    std::fprintf(stderr, "usage: test_faults DIRECTORY [CASES]\n");
+  if (argc < 2) {
+    std::fprintf(stderr, "usage: test_faults DIRECTORY [CASES]...\n");
     return 2;
   }
   const std::string directory = argv[1];
-  const std::string only = argc == 3 ? argv[2] : "";
+  const std::vector<std::string> only(argv + 2, argv + argc);
   std::vector<std::string> engines = {"pread"};
   try {
     if (io_uring_compiled()) {
