@@ -707,8 +707,8 @@ static std::vector<Operation> all_operations(const Geometry& geometry) {
                         {0, 1},
                         filled(1, 1300),
                         {fork_layer(1, 0), append(1, 2, 90, 2), append(0, 2, 30, 3), attend(1, 1)}});
-  {  // reads ahead of each pass
-    Operation decode{"decode", {0, 1, 2}, filled(3, 700), {}};
+  {  // reads ahead of each pass, by two workers: a pass of less than 512 KiB has one
+    Operation decode{"decode", {0, 1, 2}, filled(3, 1000), {}};
     for (uint64_t token = 2; token < 6; token++) {
       for (int64_t layer = 0; layer < 3; layer++) {
         decode.steps.push_back(append(layer, 2, 1, token));
@@ -718,7 +718,7 @@ static std::vector<Operation> all_operations(const Geometry& geometry) {
     operations.push_back(decode);
   }
   {  // with reads ahead and writes of what is gone
-    Operation replace{"free, fill again", {0, 1, 2}, filled(3, 700), {}};
+    Operation replace{"free, fill again", {0, 1, 2}, filled(3, 1000), {}};
     for (int64_t layer = 0; layer < 3; layer++) replace.before.push_back(attend(layer, 1));
     for (int64_t layer = 0; layer < 3; layer++) replace.before.push_back(attend(layer, 1));
     replace.steps = {attend(0, 1), append(2, 2, 200, 2), create(geometry, 1), append(1, 2, 900, 3),
