@@ -103,7 +103,7 @@ def show_store(store: StoreSurvey, console: Console) -> None:
     if store.writer is not None:
         console.print(f"open for writing: {store.writer}", style="yellow", soft_wrap=True, markup=False)
     if store.sequences:
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(box=None, padding=(0, 1, 0, 0))
         # In 80 columns a model and its fingerprint give way, before the names that generate --durable makes do.
         longest = max(len(info.name) for info in store.sequences)
         table.add_column("sequence", overflow="fold", min_width=min(longest, len("prompt-0123456789abcdef")))
@@ -111,7 +111,7 @@ def show_store(store: StoreSurvey, console: Console) -> None:
             table.add_column(name, justify="right", no_wrap=True)
         for name in ("kv dtype", "ids", "committed"):
             table.add_column(name, no_wrap=True)
-        table.add_column("model", overflow="fold")
+        table.add_column("model", overflow="fold", max_width=8 if console.width < 100 else None)
         for info in store.sequences:
             model_type, fingerprint = model_of(info)
             table.add_row(
