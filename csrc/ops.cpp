@@ -17,12 +17,14 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "base/error.h"
 #include "executor/drive.h"
+#include "module.h"
 
 namespace csd::ops {
 namespace {
@@ -65,6 +67,12 @@ Handle open_handle(const Tensor& handle) {
   const auto found = registry().find(values[0]);
   if (found == registry().end()) throw Error(ErrorKind::kClosed, "this store is closed; open a new one");
   return {found->second, values[1], values[2]};
+}
+
+// At the end of every op that moves bytes.
+void warn_about(Drive* drive) {
+  const std::string warning = drive->take_warning();
+  if (!warning.empty()) warn_in_python(warning);
 }
 
 // ---- tensors ----
@@ -225,7 +233,8 @@ StoreId to_store_id(const Tensor& bytes) {
 // durable_path: empty for a scratch file; the two after it are then not looked at.
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
           int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident,
-          int64_t bytes_max, std::string durable_path, std::string mode, const Tensor& store_id) {
+          bool checksums, int64_t bytes_max, std::string durable_path, std::string mode,
+          const Tensor& store_id) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -241,6 +250,7 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
     options.durable_mode = durable_mode(mode);
     options.store_id = to_store_id(store_id);
   }
+  options.checksums = checksums;
   options.lend_threads = &lend_torch_threads;
   close(drive);
   auto opened = std::make_shared<Drive>(options);
@@ -270,10 +280,10 @@ Geometry make_geometry(int64_t num_kv_heads, int64_t head_dim_k, int64_t head_di
 }
 
 void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType dtype, int64_t code_bits) {
+                  ScalarType dtype, int64_t code_bits, int64_t number) {
   const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
-  target.drive->create_layer(target.layer, geometry);
+  target.drive->create_layer(target.layer, geometry, number);
 }
 
 void fork_layer(const Tensor& handle, const Tensor& source) {
@@ -345,7 +355,9 @@ Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     }
     request.lengths = lengths->data();
   }
-  return info_tensor(target.drive->append(target.layer, request));
+  const LayerInfo info = target.drive->append(target.layer, request);
+  warn_about(target.drive.get());
+  return info_tensor(info);
 }
 
 void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
@@ -364,49 +376,73 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
   target.drive->reorder(target.layer, index);
 }
 
-void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
+void flush(const Tensor& drive) {
+  const Handle target = open_handle(drive);
+  target.drive->flush();
+  warn_about(target.drive.get());
+}
 
 // ---- what outlives the process ----
 
-std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
+void check_bytes(const Tensor& bytes, const char* what) {
   if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() || !bytes.is_cpu()) {
-    fail("entries are a contiguous uint8 CPU tensor");
+    fail(std::string(what) + " must be a contiguous uint8 CPU tensor");
   }
+}
+
+std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
+  check_bytes(bytes, "entries");
   return parse_entries(static_cast<const uint8_t*>(bytes.const_data_ptr()), bytes.numel(), file_bytes);
 }
 
-// entries: those of all snapshots, one after another; counts: how many each has.
-void adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int64_t> counts,
-           const Tensor& entries) {
+// entries: those of all snapshots, one after another; counts: how many each has. Returns the snapshots whose
+// tables are damaged: what can be made out of them keeps its space.
+Tensor adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int64_t> counts,
+             const Tensor& entries) {
   const Handle target = open_handle(drive);
-  const std::vector<PageEntry> all = entries_of(entries, target.drive->durable_file_bytes());
+  check_bytes(entries, "entries");
+  const auto* next = static_cast<const uint8_t*>(entries.const_data_ptr());
+  int64_t left = entries.numel() / kEntryBytes;
   std::vector<std::vector<PageEntry>> tables;
-  auto next = all.begin();
-  for (const int64_t count : counts) {
-    if (count < 0 || count > all.end() - next) fail("adopt: counts must be of as many entries as there are");
-    tables.emplace_back(next, next + count);
-    next += count;
+  std::set<int64_t> damaged;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] < 0 || counts[i] > left) fail("adopt: counts must be of as many entries as there are");
+    std::vector<PageEntry> table;
+    for (int64_t entry = 0; entry < counts[i]; ++entry, next += kEntryBytes, --left) {
+      try {
+        table.push_back(parse_entries(next, kEntryBytes, target.drive->durable_file_bytes()).front());
+      } catch (const Error&) {
+        damaged.insert(snapshots[i]);
+      }
+    }
+    tables.push_back(std::move(table));
   }
-  target.drive->adopt(snapshots, tables);
+  for (const int64_t snapshot : target.drive->adopt(snapshots, tables)) damaged.insert(snapshot);
+  Tensor result = new_tensor({static_cast<int64_t>(damaged.size())}, ScalarType::Long);
+  std::copy(damaged.begin(), damaged.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
 }
 
 void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                   ScalarType dtype, int64_t code_bits, int64_t begin, std::vector<int64_t> first_pages,
-                   std::vector<int64_t> lengths, const Tensor& entries, int64_t snapshot) {
+                   ScalarType dtype, int64_t code_bits, int64_t number, int64_t begin,
+                   std::vector<int64_t> first_pages, std::vector<int64_t> lengths, const Tensor& entries,
+                   int64_t snapshot) {
   const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
   if (first_pages.size() != lengths.size()) fail("restore_layer: a first page for each length");
   LayerTable table;
   table.begin = begin;
   for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
-  table.entries = entries_of(entries, target.drive->durable_file_bytes());
-  target.drive->restore_layer(target.layer, geometry, table, snapshot);
+  table.entries = entries_of(entries, target.drive->file_bytes());
+  target.drive->restore_layer(target.layer, geometry, number, table, snapshot);
 }
 
 // For each layer: begin, the number of its rows, and for each row its first page and its length; and the
 // entries of all.
 std::tuple<Tensor, Tensor> commit(const Tensor& drive, int64_t snapshot, std::vector<int64_t> layers) {
-  const std::vector<LayerTable> tables = open_handle(drive).drive->commit(snapshot, layers);
+  const Handle target = open_handle(drive);
+  const std::vector<LayerTable> tables = target.drive->commit(snapshot, layers);
+  warn_about(target.drive.get());
   std::vector<int64_t> numbers;
   int64_t entry_count = 0;
   for (const LayerTable& table : tables) {
@@ -437,6 +473,7 @@ void release(const Tensor& drive, int64_t snapshot) { open_handle(drive).drive->
 Tensor verify(const Tensor& handle) {
   const Handle source = open_handle(handle);
   const std::vector<BadPage> bad = source.drive->verify(source.layer);
+  warn_about(source.drive.get());
   Tensor result = new_tensor({static_cast<int64_t>(bad.size()), 4}, ScalarType::Long);
   auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
   for (const BadPage& page : bad) {
@@ -486,6 +523,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.out = out.mutable_data_ptr();
   request.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return {out, lse};
 }
 
@@ -505,6 +543,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -525,6 +564,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
   Tensor out = new_tensor({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -543,6 +583,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   Tensor out = new_tensor({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
   (values ? request.v : request.k) = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -555,7 +596,12 @@ Tensor text_tensor(const std::string& value) {
   return result;
 }
 
-Tensor stats(const Tensor& drive) { return text_tensor(open_handle(drive).drive->stats_json()); }
+Tensor stats(const Tensor& drive) {
+  const Handle source = open_handle(drive);
+  const std::string json = source.drive->stats_json();
+  warn_about(source.drive.get());
+  return text_tensor(json);
+}
 
 Tensor probe(std::string directory, std::string io_engine) {
   const ProbeResult result = probe_directory(directory, io_engine);
@@ -563,6 +609,16 @@ Tensor probe(std::string directory, std::string io_engine) {
                       (result.chosen.direct_io ? "1" : "0") + "\n" + result.chosen.reason;
   for (const std::string& verdict : result.verdicts) lines += "\n" + verdict;
   return text_tensor(lines);
+}
+
+// Lifetime, then the store id.
+Tensor read_header(std::string path) {
+  const Header header = csd::read_header(path);
+  Tensor result = new_tensor({1 + static_cast<int64_t>(header.store_id.size())}, ScalarType::Byte);
+  auto* bytes = static_cast<uint8_t*>(result.mutable_data_ptr());
+  bytes[0] = static_cast<uint8_t>(header.lifetime);
+  std::copy(header.store_id.begin(), header.store_id.end(), bytes + 1);
+  return result;
 }
 
 Tensor supported_simd() { return text_tensor(supported_kernels()); }
@@ -573,12 +629,12 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, int read_ahead, bool resident, int bytes_max, str durable_path, str mode, "
-      "Tensor store_id) -> ()");
+      "int queue_depth, int read_ahead, bool resident, bool checksums, int bytes_max, str durable_path, "
+      "str mode, Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits) -> ()");
+      "int code_bits, int number) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
@@ -587,10 +643,11 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
   m.def("flush(Tensor(a!) drive) -> ()");
-  m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> ()");
+  m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> Tensor");
   m.def(
       "restore_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
-      "int code_bits, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) -> ()");
+      "int code_bits, int number, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) "
+      "-> ()");
   m.def("commit(Tensor(a!) drive, int snapshot, int[] layers) -> (Tensor, Tensor)");
   m.def("release(Tensor(a!) drive, int snapshot) -> ()");
   m.def("verify(Tensor handle) -> Tensor");
@@ -612,12 +669,14 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
   m.def("stats(Tensor drive) -> Tensor");
   m.def("probe(str directory, str io_engine) -> Tensor");
+  m.def("read_header(str path) -> Tensor");
   m.def("supported_simd() -> Tensor");
 }
 
 // No tensor argument to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(torch_csd, BackendSelect, m) {
   m.impl("probe", TORCH_BOX(&csd::ops::probe));
+  m.impl("read_header", TORCH_BOX(&csd::ops::read_header));
   m.impl("supported_simd", TORCH_BOX(&csd::ops::supported_simd));
 }
 

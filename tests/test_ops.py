@@ -27,10 +27,10 @@ def op_calls(store, directory):
     mask = torch.rand(2, 1, 3, 130) > 0.2
     k, v = random_kv(2, 2, 3, 16, 24)
     return {
-        "open": (torch.tensor([10**6, -1, -1]), directory, "auto", "auto", 2**20, 1, 4, -1, True),
+        "open": (torch.tensor([10**6, -1, -1]), directory, "auto", "auto", 2**20, 1, 4, -1, True, True),
         "probe": (directory, "auto"),
         "supported_simd": (),
-        "create_layer": (torch.tensor([int(drive[0]), 10**6, -1]), 2, 16, 24, torch.float32, 0),
+        "create_layer": (torch.tensor([int(drive[0]), 10**6, -1]), 2, 16, 24, torch.float32, 0, 3),
         "fork_layer": (torch.tensor([int(drive[0]), 10**6, -1]), handle),
         "drop_layer": (ops.fork_layer(handle),),
         "layer_info": (handle,),

@@ -143,8 +143,18 @@ class SequenceInfo:
     rows: int
     tokens: int  # of the longest row
     layers: int
+    kv_dtypes: tuple[str, ...]  # of its layers, each once
     stored_bytes: int  # of its pages; those that its rows share count once
     has_token_ids: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a catalogue tells, damaged or not."""
+
+    infos: list[SequenceInfo]
+    damaged: dict[str, str]  # by name of a sequence: what is wrong with its tables
+    used_bytes: int  # of the pages of all sound sequences; those that are shared count once
 
 
 def check_name(name: str) -> str:
@@ -184,6 +194,13 @@ def page_bytes(num_kv_heads: int, head_dim_k: int, head_dim_v: int, dtype: str) 
     if dtype in _CODE_DTYPES:
         tile_bytes = _round_up(tile_bytes + 4 * head_dim_k + 4 * PAGE_TOKENS, 64)
     return _round_up(num_kv_heads * tile_bytes, BLOCK_BYTES)
+
+
+def page_spans(entries: bytes) -> dict[int, int]:
+    """Where pages lie: the bytes of each by its file_offset. One that is named more than once is there once."""
+    block_counts = _native(array("H", entries))[6::8]
+    offsets = _native(array("Q", entries))[0::2]
+    return {offset: count * BLOCK_BYTES for offset, count in zip(offsets, block_counts, strict=True)}
 
 
 # ---- the directory and its locks -----------------------------------------------------------------------------------
@@ -248,8 +265,12 @@ class StoreDirectory:
         path = os.path.join(self.path, WRITER_LOCK_NAME)
         descriptor = _open_lock(path)
         try:
-            if not _try_lock(descriptor, fcntl.LOCK_EX, path):
-                raise StoreBusyError(f"{self.path}: {_holder(descriptor)}")
+            attempts_left = 10  # writer() holds it shared, but for an instant
+            while not _try_lock(descriptor, fcntl.LOCK_EX, path):
+                attempts_left -= 1
+                if attempts_left == 0:
+                    raise StoreBusyError(f"{self.path}: {_holder(descriptor)}")
+                time.sleep(0.002)
             # For the message of those who come next, no more: a full drive is no reason not to go on.
             with contextlib.suppress(OSError):
                 text = b"%d\n" % os.getpid()
@@ -259,6 +280,34 @@ class StoreDirectory:
             os.close(descriptor)
             raise
         self._descriptors[WRITER_LOCK_NAME] = descriptor
+
+    def writer(self) -> Writer | None:
+        """Who writes to this store at the moment, if anybody does."""
+        path = os.path.join(self.path, WRITER_LOCK_NAME)
+        if not os.path.lexists(path):
+            return None
+        descriptor = _open_lock(path)
+        try:
+            if _try_lock(descriptor, fcntl.LOCK_SH, path):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                return None
+            return _read_writer(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def check_pages(self) -> int:
+        """Bytes of the file of pages.
+
+        Raises:
+            StoreError: it is not a file of this user alone. StoreCorruptError: it is missing.
+        """
+        with _os_errors(self.pages_path, "cannot look at the file of pages"):
+            try:
+                status = os.lstat(self.pages_path)
+            except FileNotFoundError:
+                raise StoreCorruptError(f"{self.pages_path}: the file of pages is missing; put it back") from None
+        _check_is_ours(self.pages_path, status)
+        return status.st_size
 
     def lock_reader(self) -> None:
         """Tells writers that what the catalogue names now must stay. Any number may hold it.
@@ -321,20 +370,13 @@ class StoreDirectory:
 
 _directories: weakref.WeakSet[StoreDirectory] = weakref.WeakSet()
 
-# Held while a transaction writes. A fork waits for it: a child that inherits an SQLite connection in the middle of a
-# transaction would roll it back, in the parent's file, when it drops the connection.
-_writing = threading.RLock()
 
-
-def _after_fork_in_child() -> None:
-    _writing.release()
+def _forget_locks() -> None:
     for directory in list(_directories):
         directory._forget_locks()
 
 
-os.register_at_fork(
-    before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_after_fork_in_child
-)  # fmt: skip
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _open_lock(path: str) -> int:
@@ -366,8 +408,21 @@ def _try_lock(descriptor: int, operation: int, path: str) -> bool:
         return True
 
 
-def _holder(descriptor: int) -> str:
-    """Who holds the writer's lock, and what to do about it, from what is written in the file."""
+@dataclass(frozen=True)
+class Writer:
+    """The process that has a store open for writing."""
+
+    process: int | None  # None: it has not said
+    command: str  # empty where this machine has no such process
+
+    def __str__(self) -> str:
+        if self.process is None:
+            return "another process"
+        return f"process {self.process} ({self.command or 'of another container or machine?'})"
+
+
+def _read_writer(descriptor: int) -> Writer:
+    """The holder of the writer's lock, from what is written in the file."""
     text = b""
     for _ in range(5):  # a holder writes its number right after it has the lock
         text = os.pread(descriptor, 32, 0).strip()
@@ -375,18 +430,22 @@ def _holder(descriptor: int) -> str:
             break
         time.sleep(0.01)
     if not text.isdigit():
-        return "another process writes to this store; end it first, or open the store for reading"
+        return Writer(None, "")
     process = int(text)
-    if process == os.getpid():
-        return f"this process ({process}) writes to this store already; close that store first, or share it"
     command = ""
     with contextlib.suppress(OSError):
         with open(f"/proc/{process}/cmdline", "rb") as file:
             command = file.read(4096).replace(b"\0", b" ").decode(errors="replace").strip()
     command = "".join(character if character.isprintable() else "?" for character in command)
-    command = command if len(command) <= 100 else command[:100] + "..."
-    what = f"process {process} ({command or 'of another container or machine?'})"
-    return f"{what} writes to this store; end it first, or open the store for reading"
+    return Writer(process, command if len(command) <= 100 else command[:100] + "...")
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the writer's lock, and what to do about it."""
+    writer = _read_writer(descriptor)
+    if writer.process == os.getpid():
+        return f"this process ({writer.process}) writes to this store already; close that store first, or share it"
+    return f"{writer} writes to this store; end it first, or open the store for reading"
 
 
 # ---- the catalogue -------------------------------------------------------------------------------------------------
@@ -438,7 +497,7 @@ class Catalogue:
             finally:
                 os.close(descriptor)
         with _sqlite_errors(path):
-            with contextlib.closing(_connect(unfinished)) as connection, _writing:
+            with contextlib.closing(_connect(unfinished)) as connection:
                 connection.executescript(
                     f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
                     f"{_SCHEMA} INSERT INTO store VALUES (x'{store_id.hex()}'); COMMIT;"
@@ -503,6 +562,22 @@ class Catalogue:
         with self._transaction():
             return [_info(*self._load(row, token_ids=False)) for row in self._sequences()]
 
+    def survey(self) -> Survey:
+        """What there is to tell of every sequence that is sound, and what is wrong with the others."""
+        infos, damaged, spans = [], {}, {}
+        with self._transaction():
+            for row in self._sequences():
+                try:
+                    sequence, has_token_ids = self._load(row, token_ids=False)
+                except StoreCorruptError as error:
+                    damaged[row[1]] = str(error)
+                    continue
+                infos.append(_info(sequence, has_token_ids))
+                for layer in sequence.layers:
+                    for table in layer.rows:
+                        spans.update(page_spans(table.entries))
+        return Survey(infos, damaged, sum(spans.values()))
+
     def load(self, name: str, *, token_ids: bool = True) -> Sequence:
         """The sequence of that name, every value of it checked.
 
@@ -517,10 +592,23 @@ class Catalogue:
                     return self._load(row, token_ids=token_ids)[0]
         raise StoreError(f"{self.path}: no sequence {name!r}; {_listed([row[1] for row in rows])}")
 
-    def load_all(self, *, token_ids: bool = False) -> list[Sequence]:
-        """All sequences as of one moment, in the order of :meth:`names`."""
+    def load_all(
+        self, *, token_ids: bool = False, damaged: dict[str, StoreCorruptError] | None = None
+    ) -> list[Sequence]:
+        """All sequences as of one moment, in the order of :meth:`names`.
+
+        With ``damaged`` those that are damaged are left out, and their errors are there, by name; else they raise.
+        """
+        sequences = []
         with self._transaction():
-            return [self._load(row, token_ids=token_ids)[0] for row in self._sequences()]
+            for row in self._sequences():
+                try:
+                    sequences.append(self._load(row, token_ids=token_ids)[0])
+                except StoreCorruptError as error:
+                    if damaged is None:
+                        raise
+                    damaged[row[1]] = error
+        return sequences
 
     def match_prefix(
         self, ids: Iterable[int], metadata_matches: Callable[[dict[str, object]], bool] = lambda metadata: True
@@ -547,6 +635,7 @@ class Catalogue:
                         raise _Invalid(f"token ids are {ids_bytes} bytes of {kind}, wanted a BLOB of 4 bytes for each")
                 if not metadata_matches(metadata):
                     continue
+                head = head or b""  # substr() of an empty BLOB is NULL
                 if ids_bytes > len(head) and wanted.startswith(head):
                     query = "SELECT substr(ids, 1, ?) FROM tokens WHERE sequence = ?"
                     (head,) = connection.execute(query, (len(wanted), number)).fetchone()
@@ -600,21 +689,24 @@ class Catalogue:
                 self._rewrite(table, number, before, digests[table], values)
         self._digests[sequence.name] = digests
 
-    def remove(self, name: str) -> None:
-        """Forgets a sequence, damaged or not.
+    def remove(self, *names: str) -> None:
+        """Forgets sequences, damaged or not. All or nothing.
 
         Raises:
-            StoreError: there is none of that name.
+            StoreError: there is none of such a name.
         """
-        check_name(name)
+        for name in names:
+            check_name(name)
         with self._transaction(write=True) as connection:
-            self._digests.pop(name, None)
-            found = connection.execute("SELECT id FROM sequence WHERE name = ?", (name,)).fetchall()
-            if not found:
-                raise StoreError(f"{self.path}: no sequence {name!r}; {_listed(self._names_unchecked())}")
-            for table in _KEY_COUNT:
-                connection.execute(f"DELETE FROM {table} WHERE sequence = ?", found[0])
-            connection.execute("DELETE FROM sequence WHERE id = ?", found[0])
+            there = self._names_unchecked()
+            for name in dict.fromkeys(names):
+                self._digests.pop(name, None)
+                found = connection.execute("SELECT id FROM sequence WHERE name = ?", (name,)).fetchall()
+                if not found:
+                    raise StoreError(f"{self.path}: no sequence {name!r}; {_listed(there)}")
+                for table in _KEY_COUNT:
+                    connection.execute(f"DELETE FROM {table} WHERE sequence = ?", found[0])
+                connection.execute("DELETE FROM sequence WHERE id = ?", found[0])
 
     def _rewrite(
         self,
@@ -664,7 +756,7 @@ class Catalogue:
             raise StoreClosedError(f"{self.path}: opened by process {self._process}; open it anew after a fork")
         if write and self._read_only:
             raise StoreError(f"{self.path}: opened for reading only; open the store for writing")
-        with self._lock, _writing if write else contextlib.nullcontext(), _sqlite_errors(self.path):
+        with self._lock, _sqlite_errors(self.path):
             connection = self._connection
             if connection is None:
                 raise StoreClosedError(f"{self.path}: this catalogue is closed; open it anew")
@@ -829,6 +921,8 @@ def _connect(path: str, *, read_only: bool = False) -> sqlite3.Connection:
         isolation_level=None,  # transactions begin and end where we say
         check_same_thread=False,  # Catalogue has a lock
     )
+    # Text that is not UTF-8 comes with surrogates, which no check lets pass, not as an error that names no sequence.
+    connection.text_factory = lambda text: text.decode(errors="surrogateescape")
     try:
         for pragma in (
             "trusted_schema = OFF",
@@ -901,6 +995,8 @@ def _check_layer(layer: LayerTable) -> None:
         if not isinstance(dtype, str) or dtype not in known:
             raise _Invalid(f"{where}: {name} is {_shown(dtype)}, wanted one of {', '.join(known)}")
     _check_int(layer.begin, f"{where}: begin", 0, _LENGTH_MAX)
+    if not layer.rows:
+        raise _Invalid(f"{where}: has no rows, wanted one at least")
     tails = _entry_tails(layer)
     for index, row in enumerate(layer.rows):
         _check_row(row, layer.begin, tails, f"{where}: row {index}")
@@ -987,10 +1083,12 @@ def _parse_metadata(text: object) -> dict[str, object]:
     def refuse(constant: str) -> None:
         raise ValueError(constant)
 
+    metadata = None
     try:
-        metadata = json.loads(text, parse_constant=refuse) if isinstance(text, str) else None
+        if isinstance(text, str) and text.encode():  # surrogates cannot be encoded: ValueError
+            metadata = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
-        metadata = None
+        pass
     if not isinstance(metadata, dict):
         raise _Invalid(f"metadata is {_shown(text)}, wanted a JSON object")
     return metadata
@@ -1075,18 +1173,15 @@ def _in_order(values: dict[tuple, tuple]) -> list[tuple[tuple, tuple]]:
     return sorted(values.items(), key=lambda item: item[0])
 
 
+def layer_bytes(layer: LayerTable) -> int:
+    """Of the pages of a layer; those that rows share count once."""
+    if len(layer.rows) == 1:
+        return sum(_native(array("H", layer.rows[0].entries))[6::8]) * BLOCK_BYTES
+    return sum(page_spans(b"".join(row.entries for row in layer.rows)).values())
+
+
 def _info(sequence: Sequence, has_token_ids: bool) -> SequenceInfo:
-    stored_bytes = 0
-    for layer in sequence.layers:
-        if len(layer.rows) == 1:
-            block_count = sum(_native(array("H", layer.rows[0].entries))[6::8])
-        else:
-            pages: dict[int, int] = {}  # block count by offset
-            for row in layer.rows:
-                words = _native(array("H", row.entries))
-                pages.update(zip(_native(array("Q", row.entries))[0::2], words[6::8], strict=True))
-            block_count = sum(pages.values())
-        stored_bytes += block_count * BLOCK_BYTES
+    stored_bytes = sum(layer_bytes(layer) for layer in sequence.layers)
     return SequenceInfo(
         name=sequence.name,
         metadata=sequence.metadata,
@@ -1095,6 +1190,7 @@ def _info(sequence: Sequence, has_token_ids: bool) -> SequenceInfo:
         rows=max((len(layer.rows) for layer in sequence.layers), default=0),
         tokens=max((row.length for layer in sequence.layers for row in layer.rows), default=0),
         layers=len(sequence.layers),
+        kv_dtypes=tuple(dict.fromkeys(layer.kv_dtype for layer in sequence.layers)),
         stored_bytes=stored_bytes,
         has_token_ids=has_token_ids,
     )
@@ -1164,6 +1260,8 @@ def _sqlite_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _translated(path, error) from error
+    except UnicodeDecodeError as error:  # SQLite's message quotes a name in the file that is no text
+        raise StoreCorruptError(f"{path}: its schema holds a name that is not UTF-8; {_RESTORE}") from error
 
 
 def _translated(path: str, error: sqlite3.Error) -> Exception:

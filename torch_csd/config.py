@@ -104,6 +104,7 @@ class StoreConfig:
     read_ahead_bytes: int | None
     resident: bool
     max_bytes: int | None
+    checksums: bool
 
     @staticmethod
     def make(
@@ -118,6 +119,7 @@ class StoreConfig:
         read_ahead: int | str | None,
         resident: bool,
         max_bytes: int | str | None = None,
+        checksums: bool = True,
     ) -> StoreConfig:
         """Validates what a user passed and fills in defaults.
 
@@ -146,4 +148,5 @@ class StoreConfig:
             read_ahead_bytes=None if read_ahead is None else parse_bytes(read_ahead),
             resident=bool(resident),
             max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
+            checksums=bool(checksums),
         )

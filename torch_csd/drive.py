@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import struct
 import threading
 import time
 import weakref
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from torch_csd import ops
 from torch_csd.catalogue import (
+    BLOCK_BYTES,
+    DATA_OFFSET,
     ENTRY_BYTES,
     PAGE_TOKENS,
     Catalogue,
@@ -24,10 +27,10 @@ from torch_csd.catalogue import (
     RowTable,
     Sequence,
     StoreDirectory,
-    sync_directory,
+    page_spans,
 )
 from torch_csd.config import StoreConfig, parse_kv_dtype
-from torch_csd.errors import StoreBusyError, StoreError
+from torch_csd.errors import StoreBusyError, StoreCorruptError, StoreError
 
 CODE_BITS = {torch.int8: 8, torch.int4: 4}
 
@@ -80,6 +83,7 @@ class Drive:
             queue_depth=config.queue_depth,
             read_ahead_bytes=config.read_ahead_bytes,
             resident=config.resident,
+            checksums=config.checksums,
             max_bytes=config.max_bytes or 0,
             durable_path=path,
             mode=mode,
@@ -127,15 +131,22 @@ class DurableDrive(Drive):
         self._in_doubt: dict[str, list[int]] = {}  # of commits that failed, but may have come through
         self._outdated: list[int] = []
         self._open_names: set[str] = set()
+        self._sequences: dict[str, Sequence] = {}  # of a reader: what it has opened, whatever is committed meanwhile
+        self.damaged: dict[str, StoreCorruptError] = {}  # by name: sequences that cannot be opened
         directory.lock_reader() if read_only else directory.lock_writer()
         try:
             if not read_only and not os.path.lexists(directory.catalogue_path):
-                _remove_leftovers(directory)
+                # Of a process that ended while it made the store: the catalogue comes last.
+                if os.path.lexists(directory.pages_path):
+                    os.unlink(directory.pages_path)
                 store_id = secrets.token_bytes(16)
                 super().__init__(config, path=directory.pages_path, mode="create", store_id=store_id)
-                self.catalogue = _create_catalogue(directory, store_id)
+                self.catalogue = Catalogue.create(directory.catalogue_path, store_id)
+                sequences = []
             else:
                 self.catalogue = Catalogue.open(directory.catalogue_path, read_only=read_only)
+                # Before the file is opened: what a writer commits meanwhile may lie behind the end that is seen here.
+                sequences = self._load_sequences()
                 super().__init__(
                     config,
                     path=directory.pages_path,
@@ -146,7 +157,7 @@ class DurableDrive(Drive):
             self._finalizer = weakref.finalize(
                 self, _close_durable, self.handle, os.getpid(), self.catalogue, self.directory
             )
-            self._adopt()
+            self._adopt(sequences)
         except BaseException:
             if hasattr(self, "handle"):
                 ops.close_drive(self.handle)
@@ -158,12 +169,39 @@ class DurableDrive(Drive):
     def _make_lock(self) -> threading.RLock:
         return _durable_lock
 
-    def _adopt(self) -> None:
-        sequences = self.catalogue.load_all()
-        entries = [b"".join(row.entries for layer in sequence.layers for row in layer.rows) for sequence in sequences]
+    def _load_sequences(self) -> list[Sequence]:
+        if not self.read_only:
+            self.directory.check_pages()
+            return self.catalogue.load_all()
+        for sequence in self.catalogue.load_all(token_ids=True, damaged=self.damaged):
+            end = max((offset + size for offset, size in page_spans(_entries(sequence)).items()), default=0)
+            file_bytes = self.directory.check_pages()
+            if end > file_bytes:
+                self.damaged[sequence.name] = StoreCorruptError(
+                    f"{self.directory.pages_path}: cut short: has {file_bytes} bytes, the pages of sequence "
+                    f"{sequence.name!r} go to byte {end}; remove it (torch-csd rm) and prefill it anew"
+                )
+            else:
+                self._sequences[sequence.name] = sequence
+        return list(self._sequences.values())
+
+    def _adopt(self, sequences: list[Sequence]) -> None:
+        entries = [_entries(sequence) for sequence in sequences]
         self._snapshots = {sequence.name: next(_snapshot_numbers) for sequence in sequences}
+        numbers = list(self._snapshots.values())
+        if not self.read_only and self.directory.has_readers():
+            # They may have an older catalogue, which names pages in what is free by this one.
+            numbers.append(next(_snapshot_numbers))
+            self._outdated.append(numbers[-1])
+            entries.append(_free_entries(b"".join(entries), self.directory.check_pages()))
         counts = [len(table) // ENTRY_BYTES for table in entries]
-        ops.adopt(self.handle, list(self._snapshots.values()), counts, b"".join(entries))
+        refused = ops.adopt(self.handle, numbers, counts, b"".join(entries))
+        for name, snapshot in self._snapshots.items():
+            if snapshot in refused:
+                self.damaged[name] = StoreCorruptError(
+                    f"{self.directory.path}: the page tables of sequence {name!r} are damaged: pages lie outside of "
+                    f"the file, or over those of others; remove it (torch-csd rm) and prefill it anew"
+                )
 
     # ---- sequences -----------------------------------------------------------------------------------------------
 
@@ -194,6 +232,14 @@ class DurableDrive(Drive):
     def closed(self) -> bool:
         return not self._finalizer.alive
 
+    def names(self) -> list[str]:
+        """Of the sequences that there were when this was opened, the damaged ones of a reader included."""
+        return sorted({*self._snapshots, *self.damaged})
+
+    def layers(self, name: str) -> tuple[LayerTable, ...]:
+        """The tables of a reader's sequence."""
+        return self._sequences[name].layers
+
     def begins(self, name: str) -> dict[int, int]:
         """By layer, the first position of a committed sequence that can be read."""
         return {layer.number: layer.begin for layer in self.catalogue.load(name).layers}
@@ -205,7 +251,12 @@ class DurableDrive(Drive):
             StoreError: there is no such sequence. StoreCorruptError: it is damaged.
         """
         with self._lock:
-            sequence = self.catalogue.load(name)
+            if name in self.damaged:
+                raise self.damaged[name]
+            # Not what a reader's catalogue has by now: its pages may lie where this drive knows of none.
+            sequence = self._sequences.get(name) or self.catalogue.load(name)
+            if name not in self._snapshots:
+                raise StoreError(f"{self.directory.path}: sequence {name!r} was committed after this was opened")
             layers: dict[int, StoredLayer] = {}
             try:
                 for table in sequence.layers:
@@ -225,6 +276,7 @@ class DurableDrive(Drive):
             head_dim_v=table.head_dim_v,
             dtype=dtype if kv_dtype in CODE_BITS else kv_dtype,
             code_bits=CODE_BITS.get(kv_dtype, 0),
+            number=table.number,
             begin=table.begin,
             first_pages=[row.first_page for row in table.rows],
             lengths=[row.length for row in table.rows],
@@ -263,17 +315,20 @@ class DurableDrive(Drive):
             self._snapshots[name] = snapshot
             self._release_outdated()
 
-    def remove(self, name: str) -> None:
-        """Removes a sequence from the catalogue; pages that no other has are free.
+    def remove(self, *names: str) -> None:
+        """Removes sequences from the catalogue, all or none; pages that no other has are free.
 
         Raises:
-            StoreBusyError: it is open. StoreError: there is none of this name.
+            StoreBusyError: one is open. StoreError: there is none of such a name.
         """
         with self._lock:
-            if name in self._open_names:
-                raise StoreBusyError(f"sequence {name!r} is open in this process; close it first")
-            self.catalogue.remove(name)
-            self._forget(name)
+            for name in names:
+                if name in self._open_names:
+                    raise StoreBusyError(f"sequence {name!r} is open in this process; close it first")
+            self.catalogue.remove(*names)
+            for name in names:
+                self.damaged.pop(name, None)
+                self._forget(name)
             self._release_outdated()
 
     def shrink(self) -> int:
@@ -293,6 +348,24 @@ class DurableDrive(Drive):
             return
         while self._outdated:
             ops.release(self.handle, self._outdated.pop())
+
+
+def _entries(sequence: Sequence) -> bytes:
+    return b"".join(row.entries for layer in sequence.layers for row in layer.rows)
+
+
+def _free_entries(used: bytes, file_bytes: int) -> bytes:
+    """Entries that cover what no entry of ``used`` does."""
+    block_count_max = 2**16 - 1
+    entries = []
+    free = DATA_OFFSET
+    for offset, size in [*sorted(page_spans(used).items()), (file_bytes // BLOCK_BYTES * BLOCK_BYTES, 0)]:
+        while free < offset:
+            block_count = min((offset - free) // BLOCK_BYTES, block_count_max)
+            entries.append(struct.pack("<QIHBB", free, 0, block_count, 0, 0))
+            free += block_count * BLOCK_BYTES
+        free = max(free, offset + size)
+    return b"".join(entries)
 
 
 def _table(number: int, stored: StoredLayer, table: ops.CommittedLayer) -> LayerTable:
@@ -322,26 +395,6 @@ def _close_durable(handle: Tensor, process: int, catalogue: Catalogue, directory
     finally:
         catalogue.close()
         directory.unlock()
-
-
-def _remove_leftovers(directory: StoreDirectory) -> None:
-    """What a process has left that ended while it made the store: the catalogue comes last."""
-    for path in (directory.pages_path, *_new_catalogue_paths(directory)):
-        if os.path.lexists(path):
-            os.unlink(path)
-
-
-def _new_catalogue_paths(directory: StoreDirectory) -> tuple[str, str]:
-    path = directory.catalogue_path + ".new"
-    return path, path + "-journal"
-
-
-def _create_catalogue(directory: StoreDirectory, store_id: bytes) -> Catalogue:
-    new_path, _ = _new_catalogue_paths(directory)
-    Catalogue.create(new_path, store_id).close()
-    os.rename(new_path, directory.catalogue_path)
-    sync_directory(directory.path)
-    return Catalogue.open(directory.catalogue_path)
 
 
 # ---- one writer in this process ------------------------------------------------------------------------------------
@@ -384,6 +437,28 @@ def open_writer(config: StoreConfig, *, create: bool, any_settings: bool = False
             )
         drive.acquire()
         return drive
+
+
+def remove_sequences(directory: str, names: Iterable[str]) -> None:
+    """Removes durable sequences, damaged or not; all or none.
+
+    Raises:
+        StoreBusyError: one is open, or another process has the store. StoreError: there is none of such a name.
+    """
+    with _durable_lock:
+        store = find_store(directory)
+        drive = _writers.get(os.path.realpath(store.path))
+        if drive is not None and not drive.closed:
+            drive.remove(*names)
+            return
+        # No drive: a sequence whose pages it would refuse must go, too. Readers that have this one open are seen by
+        # whoever writes next.
+        store.lock_writer()
+        try:
+            with Catalogue.open(store.catalogue_path) as catalogue:
+                catalogue.remove(*names)
+        finally:
+            store.unlock()
 
 
 def find_store(directory: str) -> StoreDirectory:

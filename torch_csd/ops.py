@@ -72,6 +72,7 @@ def open_drive(
     queue_depth: int,
     read_ahead_bytes: int | None,
     resident: bool,
+    checksums: bool,
     max_bytes: int = 0,
     durable_path: str = "",
     mode: str = "",
@@ -80,7 +81,7 @@ def open_drive(
     """A new drive's handle. ``mode`` ("create", "write", "read") and ``store_id`` are of a durable one's file."""
     drive = torch.tensor([next(_drive_numbers), -1, -1])
     read_ahead = -1 if read_ahead_bytes is None else read_ahead_bytes
-    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident, max_bytes)
+    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident, checksums, max_bytes)
     _call(_ops.open, drive, directory, *settings, durable_path, mode, _bytes_tensor(store_id))
     return drive
 
@@ -91,11 +92,21 @@ def close_drive(drive: Tensor) -> None:
 
 
 def create_layer(
-    drive: Tensor, *, num_kv_heads: int, head_dim_k: int, head_dim_v: int, dtype: torch.dtype, code_bits: int
+    drive: Tensor,
+    *,
+    number: int,
+    num_kv_heads: int,
+    head_dim_k: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    code_bits: int,
 ) -> Tensor:
-    """A new, empty layer's handle. ``code_bits`` 8 or 4: all but the newest pages are quantised; 0: none."""
+    """A new, empty layer's handle. ``code_bits`` 8 or 4: all but the newest pages are quantised; 0: none.
+
+    ``number`` is what errors call it.
+    """
     handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
-    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
+    _call(_ops.create_layer, handle, num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits, number)
     return handle
 
 
@@ -149,9 +160,12 @@ def flush(drive: Tensor) -> None:
 # ---- what outlives the process ----------------------------------------------------------------------------------
 
 
-def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> None:
-    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i."""
-    _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries))
+def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> list[int]:
+    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i.
+
+    Returns the snapshots whose pages lie outside the file, or over others'.
+    """
+    return _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries)).tolist()
 
 
 def restore_layer(
@@ -162,6 +176,7 @@ def restore_layer(
     head_dim_v: int,
     dtype: torch.dtype,
     code_bits: int,
+    number: int,
     begin: int,
     first_pages: Sequence[int],
     lengths: Sequence[int],
@@ -172,7 +187,7 @@ def restore_layer(
     handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
     geometry = (num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
     rows = (list(first_pages), list(lengths), _bytes_tensor(entries))
-    _call(_ops.restore_layer, handle, *geometry, begin, *rows, snapshot)
+    _call(_ops.restore_layer, handle, *geometry, number, begin, *rows, snapshot)
     return handle
 
 
@@ -323,6 +338,19 @@ def probe(directory: str, io_engine: str) -> dict[str, str | bool | list[str]]:
     }
 
 
+class Header(NamedTuple):
+    """What the first bytes of a file of pages say."""
+
+    durable: bool  # else a scratch file
+    store_id: bytes  # the same as in the catalogue; zeros in a scratch file
+
+
+def read_header(path: str) -> Header:
+    """Raises StoreCorruptError for a file that is none, StoreError for one that cannot be read or is too new."""
+    lifetime, *store_id = _call(_ops.read_header, path).tolist()
+    return Header(lifetime == 1, bytes(store_id))
+
+
 def supported_simd() -> list[str]:
     """Instruction sets this processor runs, slowest first."""
     return _text(_call(_ops.supported_simd)).split(",")
@@ -358,7 +386,7 @@ for _name in (
         return None
 
 
-for _name in ("stats", "probe", "supported_simd"):
+for _name in ("stats", "probe", "read_header", "supported_simd"):
 
     @torch.library.register_fake(f"torch_csd::{_name}")
     def _(*args):

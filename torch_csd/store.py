@@ -53,7 +53,8 @@ class KVStore:
         kv_dtype: dtype on the drive (float32, bfloat16, float16, int8, int4 or their names); ``None``: as appended.
             int8 and int4 quantise all but the newest 65 to 128 tokens of a row: K per channel over a page of 64
             tokens, V per token, each value off by at most half a step: (max - min) / 255 / 2 or / 15 / 2 of its group.
-        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
+        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``. Where the kernel refuses io_uring later on (a container's
+            seccomp filter), the store goes on with pread and warns once.
         threads: workers for reading and arithmetic; ``None``: ``torch.get_num_threads()``.
         queue_depth: reads in flight during a call, all workers together.
         read_ahead: memory for what is read before it is needed, while the caller computes: attention that goes over
@@ -67,6 +68,7 @@ class KVStore:
         durable: keeps what is committed. The stores of a process that share a directory share their settings, too.
         name: of the durable sequence that this is to become; must be new. At most 200 characters, no "/".
         metadata: what JSON can hold, kept with a durable sequence for its readers; the store does not look at it.
+        checksums: ``False`` does not compare pages with their checksums when they are read from the drive.
 
     Raises:
         StoreError: the directory is missing, is not one, or cannot be written; there is a sequence ``name`` already.
@@ -97,6 +99,7 @@ class KVStore:
         durable: bool = False,
         name: str | None = None,
         metadata: dict | None = None,
+        checksums: bool = True,
     ) -> None:
         config = StoreConfig.make(
             directory,
@@ -109,6 +112,7 @@ class KVStore:
             read_ahead=read_ahead,
             resident=resident,
             max_bytes=max_bytes,
+            checksums=checksums,
         )
         if not durable and (name is not None or metadata is not None):
             raise ValueError("only a durable store has a name and metadata; pass durable=True with them")
@@ -144,6 +148,7 @@ class KVStore:
         simd: str | None = None,
         resident: bool = True,
         max_bytes: int | str | None = None,
+        checksums: bool = True,
     ) -> KVStore:
         """The sequence ``name`` as it was last committed, bit for bit.
 
@@ -169,6 +174,7 @@ class KVStore:
             read_ahead=read_ahead,
             resident=resident,
             max_bytes=max_bytes,
+            checksums=checksums,
         )
         check_name(name)
         if read_only:
@@ -273,6 +279,7 @@ class KVStore:
         Raises:
             ValueError: shape, dtype, device or batch differ from the layer's.
             StoreFullError: the drive is full. StoreError: a write failed. MemoryBudgetError: the budget is too small.
+            StoreCorruptError: the page to go on from had left memory, and came back damaged.
         """
         self._check_open()
         for name, tensor in (("k", k), ("v", v)):
@@ -297,7 +304,7 @@ class KVStore:
         stored = self._layers.get(layer)
         is_new = stored is None
         if stored is None:
-            stored = self._create_layer(k, v)
+            stored = self._create_layer(layer, k, v)
         elif k.dtype != stored.dtype or k.device != stored.device:
             raise ValueError(
                 f"layer {layer} takes {stored.dtype} on {stored.device}, got {k.dtype} on {k.device}; "
@@ -312,10 +319,11 @@ class KVStore:
         self._layers[layer] = stored
         return state
 
-    def _create_layer(self, k: Tensor, v: Tensor) -> StoredLayer:
+    def _create_layer(self, number: int, k: Tensor, v: Tensor) -> StoredLayer:
         kv_dtype = self.kv_dtype or k.dtype
         handle = ops.create_layer(
             self._drive.handle,
+            number=number if isinstance(number, int) and 0 <= number < 2**62 else -1,
             num_kv_heads=k.shape[1],
             head_dim_k=k.shape[3],
             head_dim_v=v.shape[3],
@@ -535,7 +543,8 @@ class KVStore:
             ``lse [batch, num_heads, q_len]``, float32, natural log. A query that sees nothing: 0 and -inf.
 
         Raises:
-            ValueError: shapes or settings that do not fit. StoreError: a read failed.
+            ValueError: shapes or settings that do not fit. StoreError: a read failed. StoreCorruptError: the drive
+            returned other bytes than were written.
         """
         stored = self.layer(layer)
         return attend_layer(

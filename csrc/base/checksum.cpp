@@ -63,8 +63,7 @@ uint32_t update_serial(uint32_t state, const uint8_t* bytes, int64_t byte_count)
 
 #if defined(__x86_64__)
 
-// ---- sse42: four stripes at once, because the instruction takes three cycles and can begin in every one
-// ----
+// ---- sse42: four stripes at once, as the instruction takes three cycles and can begin in each ----
 
 #define CSD_SSE42 __attribute__((target("sse4.2,pclmul")))
 

@@ -586,7 +586,8 @@ void run(const PassContext& context, const Layer& layer, const Uses& uses_of, co
   }
   stream.fit(page_bytes);
   std::vector<StagedRun>* staged = stream.staged();
-  const Plan plan = make_plan(uses, stream.read_bytes_max(page_bytes), staged);
+  Plan plan = make_plan(uses, stream.read_bytes_max(page_bytes), staged);
+  plan.layer = layer.number;
   Plan ahead;
   if (context.ahead != nullptr && context.pass.kind != PassKind::kRead) {
     if (block.row_begin == 0 && block.query_begin == 0) context.ahead->note(context.pass, uses);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "base/checksum.h"
@@ -65,13 +66,14 @@ class TailImages {
 
 }  // namespace
 
-void Drive::adopt(const std::vector<int64_t>& snapshot_ids,
-                  const std::vector<std::vector<PageEntry>>& tables) {
+std::vector<int64_t> Drive::adopt(const std::vector<int64_t>& snapshot_ids,
+                                  const std::vector<std::vector<PageEntry>>& tables) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   CSD_CHECK(snapshot_ids.size() == tables.size(), "adopt: a table for each snapshot");
   CSD_CHECK(layers_.empty() && snapshots_.empty(), "adopt comes before everything else");
-  const std::vector<PageRun> runs = find_runs(tables);
+  std::set<size_t> damaged;
+  const std::vector<PageRun> runs = find_runs(tables, &damaged);
   space_->adopt(runs, durable_file_bytes_);
   std::vector<Ref<Extent>> extents;
   extents.reserve(runs.size());
@@ -83,6 +85,9 @@ void Drive::adopt(const std::vector<int64_t>& snapshot_ids,
     held.erase(std::unique(held.begin(), held.end()), held.end());
     held.shrink_to_fit();
   }
+  std::vector<int64_t> refused;
+  for (const size_t table : damaged) refused.push_back(snapshot_ids[table]);
+  return refused;
 }
 
 // The one that holds this place; extents are by file offset.
@@ -96,14 +101,15 @@ const Ref<Extent>& Drive::extent_at(const std::vector<Ref<Extent>>& extents, int
   return found;
 }
 
-void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, const LayerTable& table,
+void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                           int64_t snapshot_id) {
-  create_layer(layer_id, geometry);
+  create_layer(layer_id, geometry, number);
   std::lock_guard<FairMutex> lock(mutex_);
   check_layer(geometry, table.begin, table.rows, table.entries);
   const auto held = snapshots_.find(snapshot_id);
   CSD_CHECK(held != snapshots_.end(), "restore_layer: no such snapshot");
-  Layer layer{geometry, {}, table.begin, 0};
+  Layer layer = find(layer_id);
+  layer.begin = table.begin;
   std::map<int64_t, Ref<Page>> pages;  // by place: rows of a batch may share some
   const PageEntry* entry = table.entries.data();
   for (const RowTable& stored : table.rows) {
@@ -132,6 +138,13 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
   check_writable();
   CSD_CHECK(!options_.durable_path.empty(), "commit of a scratch file");
   std::lock_guard<FairMutex> lock(mutex_);
+  if (sync_failed_) {
+    throw Error(ErrorKind::kStore,
+                file_.path +
+                    ": an earlier fdatasync failed, after which the kernel may have dropped what it "
+                    "could not write; what was committed before is safe: close the store, look at "
+                    "the drive and open it again");
+  }
   settle_writes();
   TailImages images(space_.get(), writer_.get());
   std::vector<Ref<Extent>> held;
@@ -151,7 +164,9 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
     images.write();
     writer_->drain();
     settle_writes();
+    sync_failed_ = true;
     sync_data(file_.fd, file_.path);
+    sync_failed_ = false;
   } catch (...) {
     writer_->drain();  // the images' space is free from here on
     throw;
@@ -224,6 +239,11 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
     }
   }
   return bad;
+}
+
+int64_t Drive::file_bytes() {
+  std::lock_guard<FairMutex> lock(mutex_);
+  return space_->file_bytes();
 }
 
 int64_t Drive::shrink() {

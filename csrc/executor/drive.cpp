@@ -9,7 +9,9 @@
 #include <limits>
 #include <utility>
 
+#include "base/checksum.h"
 #include "base/error.h"
+#include "executor/faults.h"
 #include "store/format.h"
 
 namespace csd {
@@ -90,7 +92,7 @@ Drive::Drive(const DriveOptions& options)
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
     space_ = std::make_unique<FileSpace>(file_.fd, file_.path, options.bytes_max, &table_memory_);
     stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, &pool_,
-                                           static_cast<int>(options.queue_depth), staging);
+                                           static_cast<int>(options.queue_depth), staging, options.checksums);
     packer_ = std::make_unique<Packer>(&kernels_, &pool_);
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
@@ -162,7 +164,7 @@ Layer& Drive::find(int64_t layer_id) {
   return found->second;
 }
 
-void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
+void Drive::create_layer(int64_t layer_id, const Geometry& geometry, int64_t number) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   const int64_t page_bytes = geometry.full_precision().page_bytes();
@@ -185,7 +187,7 @@ void Drive::create_layer(int64_t layer_id, const Geometry& geometry) {
                                         " bytes is too small for " + page + "; it must be at least " +
                                         text(enough));
   }
-  layers_[layer_id] = Layer{geometry, {}, 0, 0};
+  layers_[layer_id] = Layer{geometry, {}, 0, 0, number};
   ahead_.forget(layer_id);
   stream_->release_unused();
 }
@@ -318,7 +320,7 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
       packer_->add({std::move(page), stored, true, tokens, nullptr, {}});
     } else {
       const bool completes = tokens.slot + tokens.count == kPageTokens && !geometry.quantised();
-      packer_->add({writable_tail(geometry, row, replaced), full_precision, completes, tokens, nullptr, {}});
+      packer_->add({writable_tail(*layer, row, replaced), full_precision, completes, tokens, nullptr, {}});
     }
     row->length += tokens.count;
     if (packer_->queued_bytes() >= kPackBytes) finish_packing();
@@ -333,8 +335,8 @@ Ref<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
 
 // The page that the row's next token goes to: of full precision, in memory, not on the drive, the row's
 // alone.
-const Ref<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
-                                      std::vector<ReplacedPage>* replaced) {
+const Ref<Page>& Drive::writable_tail(const Layer& layer, Row* row, std::vector<ReplacedPage>* replaced) {
+  const Geometry& geometry = layer.geometry;
   const int64_t index = row->length / kPageTokens;
   const bool exists = index < row->end_page();
   if (exists) {
@@ -344,12 +346,13 @@ const Ref<Page>& Drive::writable_tail(const Geometry& geometry, Row* row,
   Ref<Page> page = new_page(*row, geometry.full_precision());
   if (exists) {  // shared, already on the drive, or quantised (after a crop): continue on a copy
     const Page& old = *row->pages.back();
+    const PageUse use{&old, row - layer.rows.data(), index};
     if (old.quantised) {
-      packer_->convert(page_image(old), geometry.stored(), page->memory, geometry.full_precision());
+      packer_->convert(page_image(layer, use), geometry.stored(), page->memory, geometry.full_precision());
     } else if (old.memory != nullptr) {
       std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes()));
     } else {
-      read_page(old, page->memory);
+      read_page(layer, use, page->memory);
     }
     replaced->push_back({row, index, std::move(row->pages.back())});
     row->pages.back() = std::move(page);
@@ -379,7 +382,8 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
         if (place->evictable()) {
           packer_->add({page, stored, true, {}, place, full_precision});
         } else {  // on the drive, or on its way there: its memory may go before the packer comes to it
-          packer_->convert(page_image(*place), full_precision, page->memory, stored);
+          const PageUse use{place.get(), static_cast<int64_t>(i), index};
+          packer_->convert(page_image(*layer, use), full_precision, page->memory, stored);
           seal(page);
         }
       }
@@ -560,18 +564,22 @@ void Drive::settle_writes() {
 }
 
 // A page's bytes, until the next call: where they are in memory, else read.
-const uint8_t* Drive::page_image(const Page& page) {
-  if (page.memory != nullptr) return page.memory;
-  auto* memory = static_cast<uint8_t*>(page_image_.reserve(page.page_bytes()));
-  read_page(page, memory);
+const uint8_t* Drive::page_image(const Layer& layer, const PageUse& use) {
+  if (use.page->memory != nullptr) return use.page->memory;
+  auto* memory = static_cast<uint8_t*>(page_image_.reserve(use.page->page_bytes()));
+  read_page(layer, use, memory);
   return memory;
 }
 
-void Drive::read_page(const Page& page, uint8_t* memory) {
+void Drive::read_page(const Layer& layer, const PageUse& use, uint8_t* memory) {
+  const Page& page = *use.page;
   const int error = read_bytes(page.file_offset, page.page_bytes(), memory);
   if (error != 0) {
-    throw io_error(file_.path, "reading a KV page at byte " + text(page.file_offset) + " failed", error);
+    throw unreadable_pages(file_.path, layer.number, &use, 1, page.file_offset, error);
   }
+  if (!options_.checksums) return;
+  const uint32_t found = crc32c(memory, page.page_bytes());
+  if (found != page.checksum) throw damaged_page(file_.path, layer.number, use, found);
 }
 
 // 0 or an errno value.
@@ -581,10 +589,14 @@ int Drive::read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory) {
   request.file_offset = file_offset;
   request.segments = &segment;
   request.segment_count = 1;
-  page_queue_->submit(request);
-  std::vector<IoCompletion> completions;
-  while (completions.empty()) page_queue_->reap(true, &completions);
-  return completions.front().error;
+  const auto read = [&] {
+    page_queue_->submit(request);
+    std::vector<IoCompletion> completions;
+    while (completions.empty()) page_queue_->reap(true, &completions);
+    return completions.front().error;
+  };
+  const int error = read();
+  return error == EIO ? read() : error;  // the medium may give it the second time
 }
 
 void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
@@ -770,6 +782,11 @@ void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
 
 // ---- reporting ----
 
+std::string Drive::fallback_warning() const {
+  return file_.path + ": " + engine_->fallback_reason() +
+         "; this drive reads and writes with pread from now on";
+}
+
 std::string Drive::stats_json() {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
@@ -802,9 +819,14 @@ std::string Drive::stats_json() {
   };
   std::string json = "{";
   json += quoted("directory", options_.directory);
-  json += quoted("io_engine", file_.engine);
-  json += quoted("io_reason", file_.reason);
+  const char* fallback = engine_->fallback_reason();
+  json += quoted("io_engine", engine_->name());
+  json +=
+      quoted("io_reason", fallback == nullptr ? file_.reason
+                                              : "pread since io_uring was refused: " + std::string(fallback) +
+                                                    "; it began with " + file_.reason);
   json += std::string("\"direct_io\": ") + (file_.direct_io ? "true, " : "false, ");
+  json += std::string("\"checksums\": ") + (options_.checksums ? "true, " : "false, ");
   json += quoted("simd", kernels_.name);
   json += number("threads", stream_->worker_limit());
   json += number("memory_budget_bytes", options_.memory_budget_bytes);

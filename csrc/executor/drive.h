@@ -9,6 +9,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -46,6 +47,7 @@ struct DriveOptions {
   int64_t read_ahead_bytes = -1;
   LendThreads lend_threads = nullptr;  // see base/thread_pool.h
   bool resident = true;                // false: full pages always leave memory (to measure or test the drive)
+  bool checksums = true;               // compared when pages are read; they are computed in any case
   int64_t bytes_max = 0;               // that the file may take; 0: any
   // A file that outlives the process: its path, and how it is opened. Empty: a scratch file in the directory.
   std::string durable_path;
@@ -95,8 +97,9 @@ class Drive {
   Drive(const Drive&) = delete;
   Drive& operator=(const Drive&) = delete;
 
-  // Layers are numbered by the caller; one that already has the number is replaced.
-  void create_layer(int64_t layer_id, const Geometry& geometry);
+  // Layers are numbered by the caller; one that already has the id is replaced. number: what the user calls
+  // it, for errors to name.
+  void create_layer(int64_t layer_id, const Geometry& geometry, int64_t number);
   void fork_layer(int64_t layer_id, int64_t source_id);
   void drop_layer(int64_t layer_id);
   LayerInfo info(int64_t layer_id);
@@ -119,9 +122,11 @@ class Drive {
   // ---- what outlives the process (commit.cpp). A snapshot keeps the space of what a catalogue names. ----
 
   // Before anything is stored: the space that the sequences of the catalogue take. tables: their entries.
-  void adopt(const std::vector<int64_t>& snapshot_ids, const std::vector<std::vector<PageEntry>>& tables);
+  // Returns the snapshots of those that overlap others: they keep their space, and must not be restored.
+  std::vector<int64_t> adopt(const std::vector<int64_t>& snapshot_ids,
+                             const std::vector<std::vector<PageEntry>>& tables);
   // A layer of a snapshot. Throws kCorrupt for a table that cannot be one.
-  void restore_layer(int64_t layer_id, const Geometry& geometry, const LayerTable& table,
+  void restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                      int64_t snapshot_id);
   // Everything that these layers hold is on the drive, for good, when this returns: their tables, to be put
   // into the catalogue. Space that the snapshot holds is not written to until it is released.
@@ -133,8 +138,16 @@ class Drive {
   // Throws kNoSpace, with the numbers, when so many bytes of pages more cannot be stored.
   void check_room(int64_t bytes);
   int64_t durable_file_bytes() const { return durable_file_bytes_; }  // when it was opened
+  int64_t file_bytes();                                               // now, once it has adopted
 
   std::string stats_json();
+
+  // Once, when io_uring was refused in the middle of the run: what happened, for the user. Else empty. Asked
+  // after every op, so it takes no lock.
+  std::string take_warning() {
+    if (engine_->fallback_reason() == nullptr || warned_.exchange(true)) return {};
+    return fallback_warning();
+  }
 
  private:
   // A page that an append put another in the place of, kept until the append is sure to stand.
@@ -149,13 +162,14 @@ class Drive {
   static const Ref<Extent>& extent_at(const std::vector<Ref<Extent>>& extents, int64_t file_offset);
   void check_writable() const;
   static LayerInfo info_of(const Layer& layer);
+  std::string fallback_warning() const;
   void check_process() const;
   Row new_row(const Geometry& geometry);
   Ref<Home> new_home(const Geometry& geometry);
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
                   std::vector<ReplacedPage>* replaced);
   Ref<Page> new_page(const Row& row, const PageLayout& layout);
-  const Ref<Page>& writable_tail(const Geometry& geometry, Row* row, std::vector<ReplacedPage>* replaced);
+  const Ref<Page>& writable_tail(const Layer& layer, Row* row, std::vector<ReplacedPage>* replaced);
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
                       std::vector<ReplacedPage>* replaced);
   void finish_packing();
@@ -168,8 +182,8 @@ class Drive {
   enum class Evicted : uint8_t { kNone, kWriting, kGone };
   Evicted evict_one(bool tails_too = true);
   void seal(const Ref<Page>& page);
-  const uint8_t* page_image(const Page& page);
-  void read_page(const Page& page, uint8_t* memory);
+  const uint8_t* page_image(const Layer& layer, const PageUse& use);
+  void read_page(const Layer& layer, const PageUse& use, uint8_t* memory);
   int read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
@@ -186,6 +200,7 @@ class Drive {
   const Kernels& kernels_;
   OpenedFile file_;
   std::unique_ptr<IoEngine> engine_;
+  std::atomic<bool> warned_{false};  // that it fell back
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;
@@ -204,6 +219,7 @@ class Drive {
 
   std::map<int64_t, std::vector<Ref<Extent>>> snapshots_;  // each by file offset
   int64_t durable_file_bytes_ = 0;
+  bool sync_failed_ = false;  // no later one can be trusted
 
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;

@@ -48,6 +48,7 @@ struct Plan {
   std::vector<StagedUse> staged;
   int64_t read_bytes = 0;
   int64_t memory_bytes = 0;  // of memory_uses
+  int64_t layer = -1;        // the caller's number for it, for errors to name
 };
 
 // read_bytes_max: no run is longer, except that it holds at least one page. staged: by file offset; what the

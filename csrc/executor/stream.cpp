@@ -1,10 +1,14 @@
 #include "executor/stream.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <optional>
 
+#include "base/checksum.h"
 #include "base/error.h"
 #include "base/mapped_memory.h"
+#include "executor/faults.h"
 
 namespace csd {
 namespace {
@@ -41,7 +45,8 @@ struct PageStream::Slot {
   State state = State::kFree;
   Role role = Role::kNeeded;
   bool read_ahead = false;  // before the pass that needs it
-  int worker = 0;           // whose queue reads into it
+  bool retried = false;
+  int worker = 0;  // whose queue reads into it
   int64_t file_offset = 0;
   int64_t bytes = 0;
   int64_t used_bytes = 0;  // of what was read ahead
@@ -72,29 +77,26 @@ struct PageStream::Pass {
   std::atomic<int64_t> next_memory_use{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
-  int error = 0;  // the first read error
-  int64_t error_offset = 0;
+  std::optional<Error> error;  // the first
 
   bool reads() const { return !plan->drive_uses.empty(); }
   int64_t read_count() const { return static_cast<int64_t>(plan->reads.size()); }
   int64_t ahead_count() const { return next == nullptr ? 0 : static_cast<int64_t>(next->reads.size()); }
 
-  void fail(int errno_value, int64_t file_offset) {
+  void fail(const Error& reason) {
     std::lock_guard<std::mutex> lock(mutex);
-    if (error == 0) {
-      error = errno_value;
-      error_offset = file_offset;
-    }
+    if (!error) error = reason;
     failed = true;
   }
 };
 
 PageStream::PageStream(IoEngine* engine, int fd, std::string path, ThreadPool* pool, int queue_depth,
-                       int64_t staging_bytes)
+                       int64_t staging_bytes, bool checksums)
     : engine_(engine),
       fd_(fd),
       path_(std::move(path)),
       queue_depth_(queue_depth),
+      checksums_(checksums),
       staging_bytes_(staging_bytes),
       pool_(*pool) {
   const int64_t share = staging_bytes_ / pool_.worker_count() / 2;
@@ -261,6 +263,7 @@ bool PageStream::start_one(Worker* worker, Pass* pass) {
   if (slot < 0) return false;
   Slot& target = slots_[static_cast<size_t>(slot)];
   target.read_ahead = false;
+  target.retried = false;
   // Whoever has a slot claims a run, never the other way round: no run waits for a worker without slots.
   int64_t index = pass->next_read.fetch_add(1, std::memory_order_relaxed);
   if (index < pass->read_count()) {
@@ -324,14 +327,19 @@ void PageStream::land(Worker* worker, int slot, int error, Pass* pass) {
   }
   CSD_CHECK(pass != nullptr, "a read that a pass needs landed after it");
   worker->needed--;
-  if (error != 0 && run.read_ahead && !pass->failed) {
-    counters_.read_ahead_wasted_bytes += run.bytes;
+  // What failed while nobody needed it, or because of the medium, may succeed the second time.
+  if (error != 0 && (run.read_ahead || error == EIO) && !run.retried && !pass->failed) {
+    if (run.read_ahead) counters_.read_ahead_wasted_bytes += run.bytes;
     run.read_ahead = false;
+    run.retried = true;
     worker->needed++;
     start(worker, slot, {run.file_offset, run.bytes, run.use_begin, run.use_end});
     return;
   }
-  if (error != 0) pass->fail(error, run.file_offset);
+  if (error != 0) {
+    pass->fail(unreadable_pages(path_, pass->plan->layer, pass->plan->drive_uses.data() + run.use_begin,
+                                run.use_end - run.use_begin, run.file_offset, error));
+  }
   if (pass->failed) {
     release(slot);
     return;
@@ -375,10 +383,7 @@ void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int
       throw;
     }
     end(&pass);
-    if (pass.error != 0) {
-      throw io_error(path_, "reading KV pages at byte " + std::to_string(pass.error_offset) + " failed",
-                     pass.error);
-    }
+    if (pass.error) throw *pass.error;
   }
   counters_.resident_read_bytes += plan.memory_bytes;
 }
@@ -448,12 +453,24 @@ void PageStream::end(Pass* pass) {
   }
 }
 
+bool PageStream::intact(const PageUse& use, const uint8_t* bytes, Pass* pass) const {
+  const uint32_t found = crc32c(bytes, use.page->page_bytes());
+  if (found == use.page->checksum) return true;
+  pass->fail(damaged_page(path_, pass->plan->layer, use, found));
+  return false;
+}
+
 void PageStream::consume(int number, int slot, Pass* pass) {
   const Slot& run = slots_[static_cast<size_t>(slot)];
   const uint8_t* bytes = staging_ + slot_bytes_ * slot;
+  const Page* checked = nullptr;  // rows that share a page use it one after another
   for (int64_t i = run.use_begin; i < run.use_end && !pass->failed; ++i) {
     const PageUse& use = pass->plan->drive_uses[static_cast<size_t>(i)];
-    pass->consumer->consume(number, use, bytes + (use.page->file_offset - run.file_offset));
+    const uint8_t* page = bytes + (use.page->file_offset - run.file_offset);
+    // Just before it is computed on, so that it comes from memory once.
+    if (checksums_ && use.page != checked && !intact(use, page, pass)) break;
+    checked = use.page;
+    pass->consumer->consume(number, use, page);
   }
   if (run.read_ahead) {
     counters_.read_ahead_bytes += run.used_bytes;

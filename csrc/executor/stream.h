@@ -39,8 +39,9 @@ class PageStream {
  public:
   // staging_bytes: memory for reads, all workers together; page_bytes of any pass must fit twice.
   // queue_depth: reads in flight during a pass; those ahead of the next pass may fill the staging memory.
+  // checksums: pages that were read are compared with theirs before a consumer sees them.
   PageStream(IoEngine* engine, int fd, std::string path, ThreadPool* pool, int queue_depth,
-             int64_t staging_bytes);
+             int64_t staging_bytes, bool checksums);
   ~PageStream();
 
   // Makes slots large enough for pages of this size; what was staged in smaller ones is lost.
@@ -59,8 +60,8 @@ class PageStream {
   // Feeds every use of the plan to the consumer; workers are numbered below worker_count_max. compute_weight:
   // the arithmetic on a page relative to one query's, so that small passes stay on the calling thread. next:
   // what to read after the plan's own reads, as far as the staging memory goes; null: nothing. When the plan
-  // needs the drive, staged runs that are in neither plan are let go. Throws kStore for a failed read:
-  // nothing of the pass is then valid.
+  // needs the drive, staged runs that are in neither plan are let go. Throws kStore for a failed read and
+  // kCorrupt for a damaged page: nothing of the pass is then valid.
   void run(const Plan& plan, const Plan* next, int64_t page_bytes, int64_t compute_weight,
            int worker_count_max, PageConsumer* consumer);
 
@@ -91,6 +92,7 @@ class PageStream {
   void reap(Worker* worker, bool wait, Pass* pass);
   void land(Worker* worker, int slot, int error, Pass* pass);
   void consume(int number, int slot, Pass* pass);
+  bool intact(const PageUse& use, const uint8_t* bytes, Pass* pass) const;
   void release(int slot);
   void discard(int slot);
   int take(std::vector<int>* slots);
@@ -100,6 +102,7 @@ class PageStream {
   const int fd_;
   const std::string path_;
   const int queue_depth_;
+  const bool checksums_;
   int64_t staging_bytes_;
   ThreadPool& pool_;
   uint8_t* staging_ = nullptr;  // mapped by the first pass that reads

@@ -1,5 +1,6 @@
 #include "executor/writer.h"
 
+#include <cerrno>
 #include <utility>
 
 #include "base/checksum.h"
@@ -65,8 +66,12 @@ void Writer::flush() {
   while (free_tags_.empty()) reap(true);
   const uint64_t tag = free_tags_.back();
   free_tags_.pop_back();
-  Batch& request = requests_[tag];
-  request = std::exchange(batch_, Batch{});
+  requests_[tag] = std::exchange(batch_, Batch{});
+  submit(tag);
+}
+
+void Writer::submit(uint64_t tag) {
+  const Batch& request = requests_[tag];
   IoRequest io;
   io.op = IoOp::kWrite;
   io.file_offset = request.file_offset;
@@ -82,6 +87,10 @@ void Writer::reap(bool wait) {
   completions_.clear();
   queue_->reap(wait, &completions_);
   for (const IoCompletion& completion : completions_) {
+    if (completion.error == EIO && !std::exchange(requests_[completion.tag].retried, true)) {
+      submit(completion.tag);  // the medium may take it the second time
+      continue;
+    }
     Batch request = std::exchange(requests_[completion.tag], Batch{});
     free_tags_.push_back(completion.tag);
     pending_bytes_ -= request.bytes;

@@ -1,8 +1,8 @@
 // Write-behind: takes pages onto the drive, and out of memory, without making the caller wait for the drive.
 //
 // Adjacent pages go out in one vectored write. A page stays readable in memory until its write has completed;
-// if the write fails the page stays in memory, unwritten, and the error is kept for the next append. Not
-// thread-safe.
+// if the write fails (twice, for EIO) the page stays in memory, unwritten, and the error is kept for the next
+// append. Not thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -53,12 +53,14 @@ class Writer {
     int64_t page_bytes = 0;
     std::vector<Ref<Page>> pages;
     std::vector<iovec> segments;
+    bool retried = false;
   };
 
   void add(const Ref<Page>& page, After after);
   void begin(int64_t file_offset, int64_t page_bytes, After after);
   void push(const Ref<Page>& page);
   void settle(Batch* request, int error);
+  void submit(uint64_t tag);
 
   std::unique_ptr<IoQueue> queue_;
   const std::string path_;

@@ -1,5 +1,6 @@
 #include "store/format.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -112,6 +113,19 @@ Header read_header(int fd, const std::string& path) {
   } while (count < 0 && errno == EINTR);
   if (count < 0) throw io_error(path, "reading the file's header failed", errno);
   return parse_header(memory, count, path);
+}
+
+Header read_header(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) throw io_error(path, "opening", errno);
+  try {
+    const Header header = read_header(fd, path);
+    close(fd);
+    return header;
+  } catch (...) {
+    close(fd);
+    throw;
+  }
 }
 
 }  // namespace csd

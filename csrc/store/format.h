@@ -27,5 +27,7 @@ Header parse_header(const uint8_t* bytes, int64_t byte_count, const std::string&
 // does.
 void write_header(int fd, const std::string& path, const Header& header);
 Header read_header(int fd, const std::string& path);
+// Opens the file to read it, whatever it is: a FIFO, say, is an error, and no reason to wait.
+Header read_header(const std::string& path);
 
 }  // namespace csd

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ HOT_BARS = {torch.int4: 1.6}
 FIXED_US_BAR = 60.0
 BAR_CONTEXT = 65536  # bars are set for caches that no processor's cache holds: this context at least
 METADATA_BAR = 0.001
+CHECKSUM_BAR = 1.03  # time with pages checked over time without
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def run(settings: Settings, report: Report, sizes: Sizes, shape: Shape) -> None:
     """Raises ValueError if there is no room for the sizes."""
     torch.manual_seed(0)
     base_bytes = sizes.context * shape.token_bytes(settings.base)
-    # On the drive: the stores, the roof's file and two peers' files. In memory: K and V, and every store once.
-    settings.require(drive_bytes=6 * base_bytes, memory_bytes=4 * base_bytes + 2**30)
+    # On the drive: the stores (one twice), the roof's file, two peers' files. In memory: K, V and every store once.
+    settings.require(drive_bytes=7 * base_bytes, memory_bytes=4 * base_bytes + 2**30)
     k, v = random_kv(sizes.context, settings.base, shape)
     with torch.inference_mode():
         cold_rows(settings, report, sizes, shape, k, v)
@@ -140,6 +142,7 @@ def cold_rows(settings: Settings, report: Report, sizes: Sizes, shape: Shape, k:
         for dtype, store in stores.items():
             report.add(cold_row(settings, samples, dtype, store, tokens, dense_bytes, peers))
         del peers
+        report.add(checksum_row(settings, stores[base], q, k, v))
         cold_sweep(settings, report, sizes, shape, stores, roof, q)
 
 
@@ -189,6 +192,29 @@ def cold_row(
         Beside(roof_name, median(values), "GB/s", median_ratio(gbs, values)) for roof_name, values in roofs_of(ours)
     ]
     return Row(name, median(mtok), "Mtok/s", others, f"{median(gbs):.2f} GB/s; {note}")
+
+
+def checksum_row(settings: Settings, store: KVStore, q: Tensor, k: Tensor, v: Tensor) -> Row:
+    """What it costs to compare pages with their checksums: the same attention on a store that does not."""
+    base, tokens = settings.base, k.shape[2]
+    with settings.store(base, memory_budget=settings.memory_budget, resident=False, checksums=False) as unchecked:
+        fill(unchecked, k, v)
+        calls = {name: cold_sampler(settings, each, q, tokens) for name, each in (("on", store), ("off", unchecked))}
+        # Twice the rounds: what is looked for is smaller than what one pair differs by.
+        samples = {name: times(each) for name, each in interleave(calls, 2 * settings.rounds).items()}
+        note = f"pairs differ by {spread(samples['on'], samples['off']):.0%} (interquartile range)"
+    ratio = median_ratio(samples["on"], samples["off"])
+    bar = CHECKSUM_BAR if tokens >= BAR_CONTEXT else None
+    off = Beside("checksums off", 1e3 * median(samples["off"]), "ms", ratio, bar, at_most=True)
+    name = f"cold attention, {dtype_name(base)}, {tokens_text(tokens)} tokens, pages checked"
+    return Row(name, 1e3 * median(samples["on"]), "ms", [off], note)
+
+
+def spread(values: list[float], others: list[float]) -> float:
+    """Interquartile range of the ratios, pair by pair."""
+    ratios = [value / other for value, other in zip(values, others, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return high - low
 
 
 def roofs_of(samples: list[Sample]) -> list[tuple[str, list[float]]]:

@@ -70,6 +70,7 @@ class StorageCache(DynamicCache):
         durable: bool = False,
         name: str | None = None,
         fingerprint: str | None = None,
+        checksums: bool = True,
     ):
         _check_config(config)
         if durable:
@@ -89,6 +90,7 @@ class StorageCache(DynamicCache):
                 resident=resident,
                 simd=simd,
                 max_bytes=max_bytes,
+                checksums=checksums,
                 durable=durable,
                 name=name,
                 metadata=_model_metadata(config, fingerprint, kv_dtype) if durable else None,
@@ -113,6 +115,7 @@ class StorageCache(DynamicCache):
         resident: bool = True,
         simd: str | None = None,
         max_bytes: int | str | None = None,
+        checksums: bool = True,
     ) -> StorageCache:
         """The cache `name` as it was last committed: generation goes on as if the process had never ended.
 
@@ -135,6 +138,7 @@ class StorageCache(DynamicCache):
             resident=resident,
             simd=simd,
             max_bytes=max_bytes,
+            checksums=checksums,
         )
         try:
             _check_model(name, store.metadata, config, fingerprint)
