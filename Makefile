@@ -11,6 +11,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_DIR ?= build/bench
 BENCH_ARGS ?= --quick
+FUZZ_SECONDS ?= 60
+CLANG ?= clang++
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -20,7 +22,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The budget is a fraction of the example's cache, so that most of it must lie on the drive.
 EXAMPLE_FLAGS := --max-new-tokens 96 --batch-size 2 --memory-budget 32MiB
 
-.PHONY: run test test-forced bench build lint format clean help
+.PHONY: run test test-forced fuzz bench build lint format clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -28,6 +30,7 @@ help:
 	@echo 'make run          set up, build, and generate text from the bundled example with its KV cache on the drive'
 	@echo 'make test         set up, build, and run the tests'
 	@echo 'make test-forced  the same tests with each slower instruction set and I/O engine forced'
+	@echo 'make fuzz         clang and libFuzzer on what is read from files, for FUZZ_SECONDS=$(FUZZ_SECONDS)'
 	@echo 'make bench        a short run of every benchmark, in BENCH_DIR=$(BENCH_DIR): minutes, and no bars'
 	@echo 'make build        set up and build only'
 	@echo 'make lint         ruff and clang-format, changing nothing'
@@ -53,6 +56,16 @@ test-forced: build
 	  OMP_WAIT_POLICY=passive TORCH_CSD_SIMD=$$simd $(BIN)/python -m pytest -q $(FORCED_TESTS) || exit 1; \
 	done
 	OMP_WAIT_POLICY=passive TORCH_CSD_IO_ENGINE=pread $(BIN)/python -m pytest -q $(FORCED_TESTS)
+
+# The parsers of headers and page tables. What it finds lies in build/fuzz; the corpus grows there, not in tests/.
+fuzz:
+	@command -v $(CLANG) > /dev/null || { echo 'make fuzz needs clang with libFuzzer: CLANG=clang++-19'; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	$(CLANG) -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
+	  tests/native/fuzz_format.cpp csrc/store/format.cpp csrc/store/table.cpp csrc/base/error.cpp \
+	  csrc/base/checksum.cpp -o build/fuzz/fuzz_format
+	build/fuzz/fuzz_format -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -print_final_stats=1 \
+	  build/fuzz/corpus tests/native/corpus
 
 # For figures that mean something: BENCH_ARGS= on a machine that does nothing else.
 bench: build

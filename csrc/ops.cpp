@@ -17,12 +17,14 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "base/error.h"
 #include "executor/drive.h"
+#include "module.h"
 
 namespace csd::ops {
 namespace {
@@ -65,6 +67,12 @@ Handle open_handle(const Tensor& handle) {
   const auto found = registry().find(values[0]);
   if (found == registry().end()) throw Error(ErrorKind::kClosed, "this store is closed; open a new one");
   return {found->second, values[1], values[2]};
+}
+
+// At the end of every op that moves bytes.
+void warn_about(Drive* drive) {
+  const std::string warning = drive->take_warning();
+  if (!warning.empty()) warn_in_python(warning);
 }
 
 // ---- tensors ----
@@ -205,9 +213,28 @@ void close(const Tensor& drive) {
   registry().erase(found);
 }
 
+DurableMode durable_mode(const std::string& name) {
+  if (name == "create") return DurableMode::kCreate;
+  if (name == "read") return DurableMode::kReadOnly;
+  if (name != "write") fail("durable_mode must be create, write or read, got " + name);
+  return DurableMode::kWrite;
+}
+
+StoreId to_store_id(const Tensor& bytes) {
+  StoreId id{};
+  if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() ||
+      bytes.numel() != static_cast<int64_t>(id.size())) {
+    fail("a store id is a uint8 tensor of 16 elements");
+  }
+  std::copy_n(static_cast<const uint8_t*>(bytes.const_data_ptr()), id.size(), id.begin());
+  return id;
+}
+
+// durable_path: empty for a scratch file; the two after it are then not looked at.
 void open(const Tensor& drive, std::string directory, std::string io_engine, std::string simd,
           int64_t memory_budget, int64_t threads, int64_t queue_depth, int64_t read_ahead, bool resident,
-          bool checksums) {
+          bool checksums, int64_t bytes_max, std::string durable_path, std::string mode,
+          const Tensor& store_id) {
   DriveOptions options;
   options.directory = std::move(directory);
   options.io_engine = std::move(io_engine);
@@ -217,6 +244,12 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   options.queue_depth = queue_depth;
   options.read_ahead_bytes = read_ahead;
   options.resident = resident;
+  options.bytes_max = bytes_max;
+  options.durable_path = std::move(durable_path);
+  if (!options.durable_path.empty()) {
+    options.durable_mode = durable_mode(mode);
+    options.store_id = to_store_id(store_id);
+  }
   options.checksums = checksums;
   options.lend_threads = &lend_torch_threads;
   close(drive);
@@ -225,8 +258,8 @@ void open(const Tensor& drive, std::string directory, std::string io_engine, std
   registry()[handle_values(drive)[0]] = std::move(opened);
 }
 
-void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
-                  ScalarType dtype, int64_t code_bits, int64_t number) {
+Geometry make_geometry(int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v, ScalarType dtype,
+                       int64_t code_bits) {
   if (num_kv_heads < 1) fail("num_kv_heads must be at least 1, got " + text(num_kv_heads));
   for (const int64_t head_dim : {head_dim_k, head_dim_v}) {
     if (head_dim < kHeadDimMultiple || head_dim > kHeadDimMax || head_dim % kHeadDimMultiple != 0) {
@@ -243,6 +276,12 @@ void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k
     fail("code_bits must be 8, 4 or 0 (not quantised), got " + text(code_bits));
   }
   geometry.code_bits = static_cast<int>(code_bits);
+  return geometry;
+}
+
+void create_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                  ScalarType dtype, int64_t code_bits, int64_t number) {
+  const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
   const Handle target = open_handle(handle);
   target.drive->create_layer(target.layer, geometry, number);
 }
@@ -316,7 +355,9 @@ Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     }
     request.lengths = lengths->data();
   }
-  return info_tensor(target.drive->append(target.layer, request));
+  const LayerInfo info = target.drive->append(target.layer, request);
+  warn_about(target.drive.get());
+  return info_tensor(info);
 }
 
 void truncate(const Tensor& handle, std::vector<int64_t> lengths) {
@@ -335,7 +376,120 @@ void reorder(const Tensor& handle, std::vector<int64_t> index) {
   target.drive->reorder(target.layer, index);
 }
 
-void flush(const Tensor& drive) { open_handle(drive).drive->flush(); }
+void flush(const Tensor& drive) {
+  const Handle target = open_handle(drive);
+  target.drive->flush();
+  warn_about(target.drive.get());
+}
+
+// ---- what outlives the process ----
+
+void check_bytes(const Tensor& bytes, const char* what) {
+  if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() || !bytes.is_cpu()) {
+    fail(std::string(what) + " must be a contiguous uint8 CPU tensor");
+  }
+}
+
+std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
+  check_bytes(bytes, "entries");
+  return parse_entries(static_cast<const uint8_t*>(bytes.const_data_ptr()), bytes.numel(), file_bytes);
+}
+
+// entries: those of all snapshots, one after another; counts: how many each has. Returns the snapshots whose
+// tables are damaged: what can be made out of them keeps its space.
+Tensor adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int64_t> counts,
+             const Tensor& entries) {
+  const Handle target = open_handle(drive);
+  check_bytes(entries, "entries");
+  const auto* next = static_cast<const uint8_t*>(entries.const_data_ptr());
+  int64_t left = entries.numel() / kEntryBytes;
+  std::vector<std::vector<PageEntry>> tables;
+  std::set<int64_t> damaged;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] < 0 || counts[i] > left) fail("adopt: counts must be of as many entries as there are");
+    std::vector<PageEntry> table;
+    for (int64_t entry = 0; entry < counts[i]; ++entry, next += kEntryBytes, --left) {
+      try {
+        table.push_back(parse_entries(next, kEntryBytes, target.drive->durable_file_bytes()).front());
+      } catch (const Error&) {
+        damaged.insert(snapshots[i]);
+      }
+    }
+    tables.push_back(std::move(table));
+  }
+  for (const int64_t snapshot : target.drive->adopt(snapshots, tables)) damaged.insert(snapshot);
+  Tensor result = new_tensor({static_cast<int64_t>(damaged.size())}, ScalarType::Long);
+  std::copy(damaged.begin(), damaged.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
+void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                   ScalarType dtype, int64_t code_bits, int64_t number, int64_t begin,
+                   std::vector<int64_t> first_pages, std::vector<int64_t> lengths, const Tensor& entries,
+                   int64_t snapshot) {
+  const Geometry geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
+  const Handle target = open_handle(handle);
+  if (first_pages.size() != lengths.size()) fail("restore_layer: a first page for each length");
+  LayerTable table;
+  table.begin = begin;
+  for (size_t i = 0; i < lengths.size(); ++i) table.rows.push_back({first_pages[i], lengths[i]});
+  table.entries = entries_of(entries, target.drive->file_bytes());
+  target.drive->restore_layer(target.layer, geometry, number, table, snapshot);
+}
+
+// For each layer: begin, the number of its rows, and for each row its first page and its length; and the
+// entries of all.
+std::tuple<Tensor, Tensor> commit(const Tensor& drive, int64_t snapshot, std::vector<int64_t> layers) {
+  const Handle target = open_handle(drive);
+  const std::vector<LayerTable> tables = target.drive->commit(snapshot, layers);
+  warn_about(target.drive.get());
+  std::vector<int64_t> numbers;
+  int64_t entry_count = 0;
+  for (const LayerTable& table : tables) {
+    numbers.push_back(table.begin);
+    numbers.push_back(static_cast<int64_t>(table.rows.size()));
+    for (const RowTable& row : table.rows) {
+      numbers.push_back(row.first_page);
+      numbers.push_back(row.length);
+    }
+    entry_count += static_cast<int64_t>(table.entries.size());
+  }
+  Tensor rows = new_tensor({static_cast<int64_t>(numbers.size())}, ScalarType::Long);
+  std::copy(numbers.begin(), numbers.end(), static_cast<int64_t*>(rows.mutable_data_ptr()));
+  Tensor entries = new_tensor({entry_count * kEntryBytes}, ScalarType::Byte);
+  auto* bytes = static_cast<uint8_t*>(entries.mutable_data_ptr());
+  for (const LayerTable& table : tables) {
+    for (const PageEntry& entry : table.entries) {
+      write_entry(entry, bytes);
+      bytes += kEntryBytes;
+    }
+  }
+  return {rows, entries};
+}
+
+void release(const Tensor& drive, int64_t snapshot) { open_handle(drive).drive->release(snapshot); }
+
+// [pages, 4]: row, page index, file offset, and the errno value of a read that failed, or 0
+Tensor verify(const Tensor& handle) {
+  const Handle source = open_handle(handle);
+  const std::vector<BadPage> bad = source.drive->verify(source.layer);
+  warn_about(source.drive.get());
+  Tensor result = new_tensor({static_cast<int64_t>(bad.size()), 4}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const BadPage& page : bad) {
+    for (const int64_t value : {page.row, page.index, page.file_offset, int64_t{page.error}})
+      *values++ = value;
+  }
+  return result;
+}
+
+Tensor shrink(const Tensor& drive) {
+  Tensor result = new_tensor({1}, ScalarType::Long);
+  *static_cast<int64_t*>(result.mutable_data_ptr()) = open_handle(drive).drive->shrink();
+  return result;
+}
+
+void check_room(const Tensor& drive, int64_t bytes) { open_handle(drive).drive->check_room(bytes); }
 
 // ---- computing ----
 
@@ -369,6 +523,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.out = out.mutable_data_ptr();
   request.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return {out, lse};
 }
 
@@ -388,6 +543,7 @@ Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int6
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), kv_end - kv_begin}, q.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->scores(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -408,6 +564,7 @@ Tensor weighted_sum(const Tensor& handle, const Tensor& p_any, int64_t row_begin
   Tensor out = new_tensor({p.size(0), p.size(1), p.size(2), head_dim_v}, p.scalar_type());
   request.out = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->weighted_sum(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -426,6 +583,7 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   Tensor out = new_tensor({row_count, num_kv_heads, kv_end - kv_begin, head_dim}, dtype);
   (values ? request.v : request.k) = out.mutable_data_ptr();
   if (out.numel() > 0) source.drive->read(source.layer, source.epoch, request);
+  warn_about(source.drive.get());
   return out;
 }
 
@@ -438,7 +596,12 @@ Tensor text_tensor(const std::string& value) {
   return result;
 }
 
-Tensor stats(const Tensor& drive) { return text_tensor(open_handle(drive).drive->stats_json()); }
+Tensor stats(const Tensor& drive) {
+  const Handle source = open_handle(drive);
+  const std::string json = source.drive->stats_json();
+  warn_about(source.drive.get());
+  return text_tensor(json);
+}
 
 Tensor probe(std::string directory, std::string io_engine) {
   const ProbeResult result = probe_directory(directory, io_engine);
@@ -446,6 +609,16 @@ Tensor probe(std::string directory, std::string io_engine) {
                       (result.chosen.direct_io ? "1" : "0") + "\n" + result.chosen.reason;
   for (const std::string& verdict : result.verdicts) lines += "\n" + verdict;
   return text_tensor(lines);
+}
+
+// Lifetime, then the store id.
+Tensor read_header(std::string path) {
+  const Header header = csd::read_header(path);
+  Tensor result = new_tensor({1 + static_cast<int64_t>(header.store_id.size())}, ScalarType::Byte);
+  auto* bytes = static_cast<uint8_t*>(result.mutable_data_ptr());
+  bytes[0] = static_cast<uint8_t>(header.lifetime);
+  std::copy(header.store_id.begin(), header.store_id.end(), bytes + 1);
+  return result;
 }
 
 Tensor supported_simd() { return text_tensor(supported_kernels()); }
@@ -456,7 +629,8 @@ Tensor supported_simd() { return text_tensor(supported_kernels()); }
 STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
-      "int queue_depth, int read_ahead, bool resident, bool checksums) -> ()");
+      "int queue_depth, int read_ahead, bool resident, bool checksums, int bytes_max, str durable_path, "
+      "str mode, Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
@@ -469,6 +643,16 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
   m.def("flush(Tensor(a!) drive) -> ()");
+  m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> Tensor");
+  m.def(
+      "restore_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
+      "int code_bits, int number, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) "
+      "-> ()");
+  m.def("commit(Tensor(a!) drive, int snapshot, int[] layers) -> (Tensor, Tensor)");
+  m.def("release(Tensor(a!) drive, int snapshot) -> ()");
+  m.def("verify(Tensor handle) -> Tensor");
+  m.def("shrink(Tensor(a!) drive) -> Tensor");
+  m.def("check_room(Tensor drive, int bytes) -> ()");
   m.def(
       "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int "
       "causal, "
@@ -485,12 +669,14 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
   m.def("stats(Tensor drive) -> Tensor");
   m.def("probe(str directory, str io_engine) -> Tensor");
+  m.def("read_header(str path) -> Tensor");
   m.def("supported_simd() -> Tensor");
 }
 
 // No tensor argument to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(torch_csd, BackendSelect, m) {
   m.impl("probe", TORCH_BOX(&csd::ops::probe));
+  m.impl("read_header", TORCH_BOX(&csd::ops::read_header));
   m.impl("supported_simd", TORCH_BOX(&csd::ops::supported_simd));
 }
 
@@ -506,6 +692,13 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("trim", TORCH_BOX(&csd::ops::trim));
   m.impl("reorder", TORCH_BOX(&csd::ops::reorder));
   m.impl("flush", TORCH_BOX(&csd::ops::flush));
+  m.impl("adopt", TORCH_BOX(&csd::ops::adopt));
+  m.impl("restore_layer", TORCH_BOX(&csd::ops::restore_layer));
+  m.impl("commit", TORCH_BOX(&csd::ops::commit));
+  m.impl("release", TORCH_BOX(&csd::ops::release));
+  m.impl("verify", TORCH_BOX(&csd::ops::verify));
+  m.impl("shrink", TORCH_BOX(&csd::ops::shrink));
+  m.impl("check_room", TORCH_BOX(&csd::ops::check_room));
   m.impl("attend", TORCH_BOX(&csd::ops::attend));
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));

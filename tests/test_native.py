@@ -62,3 +62,24 @@ def test_checksums_are_crc32c_whatever_the_processor_has(tmp_path):
     subprocess.run(build, cwd=ROOT, check=True)
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
+def test_what_is_read_from_files_is_checked(tmp_path):
+    """The fuzz target on its corpus, and on every prefix of it; `make fuzz` goes on from there."""
+    program = tmp_path / "fuzz_format"
+    sources = [
+        "tests/native/fuzz_format.cpp",
+        *(f"csrc/{name}.cpp" for name in ("store/format", "store/table", "base/error", "base/checksum")),
+    ]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if has_sanitizers() else []
+    build = ["g++", "-std=c++17", "-O1", "-DCSD_REPLAY", *checks, "-Icsrc", *sources, "-o", str(program)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    corpus = sorted(glob.glob("tests/native/corpus/*", root_dir=ROOT))
+    run = subprocess.run([str(program), *corpus], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def has_sanitizers() -> bool:
+    probe = ["g++", "-fsanitize=address,undefined", "-x", "c++", "-", "-o", "/dev/null"]
+    return subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode == 0

@@ -15,41 +15,52 @@ from typing import TYPE_CHECKING
 
 from torch_csd import reference
 from torch_csd.dispatch import attention
+from torch_csd.durable import DamagedPage, collect_garbage, list_sequences, remove_sequence, verify
 from torch_csd.errors import (
     MemoryBudgetError,
     StaleTensorError,
+    StoreBusyError,
     StoreClosedError,
     StoreCorruptError,
     StoreError,
     StoreFullError,
+    StoreMismatchError,
 )
 from torch_csd.registration import register_with_transformers
-from torch_csd.store import KVStore, probe
+from torch_csd.store import KVStore, PrefixMatch, probe
 from torch_csd.tensor import StorageTensor
 from torch_csd.version import __version__
 
 if TYPE_CHECKING:
-    from torch_csd.hf import StorageCache, swap_attention
+    from torch_csd.hf import StorageCache, fingerprint, swap_attention
 
 __all__ = [
+    "DamagedPage",
     "KVStore",
     "MemoryBudgetError",
+    "PrefixMatch",
     "StaleTensorError",
     "StorageTensor",
+    "StoreBusyError",
     "StoreClosedError",
     "StoreCorruptError",
     "StoreError",
     "StoreFullError",
+    "StoreMismatchError",
     "__version__",
     "attention",
+    "collect_garbage",
+    "list_sequences",
     "probe",
     "reference",
+    "remove_sequence",
+    "verify",
 ]
 
-_HF_NAMES = ("StorageCache", "swap_attention")
+_HF_NAMES = ("StorageCache", "fingerprint", "swap_attention")
 
 if importlib.util.find_spec("transformers") is not None:
-    __all__ += ["StorageCache", "swap_attention"]
+    __all__ += ["StorageCache", "fingerprint", "swap_attention"]
     register_with_transformers()
 
 

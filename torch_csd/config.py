@@ -103,6 +103,7 @@ class StoreConfig:
     queue_depth: int
     read_ahead_bytes: int | None
     resident: bool
+    max_bytes: int | None
     checksums: bool
 
     @staticmethod
@@ -117,7 +118,8 @@ class StoreConfig:
         queue_depth: int,
         read_ahead: int | str | None,
         resident: bool,
-        checksums: bool,
+        max_bytes: int | str | None = None,
+        checksums: bool = True,
     ) -> StoreConfig:
         """Validates what a user passed and fills in defaults.
 
@@ -145,5 +147,6 @@ class StoreConfig:
             queue_depth=as_int(queue_depth, "queue_depth", low=2, high=1024),
             read_ahead_bytes=None if read_ahead is None else parse_bytes(read_ahead),
             resident=bool(resident),
+            max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
             checksums=bool(checksums),
         )

@@ -11,6 +11,10 @@ class StoreClosedError(StoreError):
     """A store, or a layer of it, was used after it was closed or freed, or from a forked child process."""
 
 
+class StoreBusyError(StoreError):
+    """Another process, or another store of this one, holds the lock that is needed."""
+
+
 class StoreFullError(StoreError):
     """The drive has no room for more pages. What was stored before can still be attended to."""
 
@@ -21,6 +25,10 @@ class StaleTensorError(StoreError):
 
 class StoreCorruptError(StoreError):
     """What the drive holds is not what was written there: a damaged page, file or catalogue."""
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """A sequence was made by another model than the one it is opened with."""
 
 
 class MemoryBudgetError(ValueError):

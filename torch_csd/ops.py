@@ -73,12 +73,16 @@ def open_drive(
     read_ahead_bytes: int | None,
     resident: bool,
     checksums: bool,
+    max_bytes: int = 0,
+    durable_path: str = "",
+    mode: str = "",
+    store_id: bytes = bytes(16),
 ) -> Tensor:
-    """A new drive's handle."""
+    """A new drive's handle. ``mode`` ("create", "write", "read") and ``store_id`` are of a durable one's file."""
     drive = torch.tensor([next(_drive_numbers), -1, -1])
     read_ahead = -1 if read_ahead_bytes is None else read_ahead_bytes
-    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident, checksums)
-    _call(_ops.open, drive, directory, *settings)
+    settings = (io_engine, simd, memory_budget_bytes, threads, queue_depth, read_ahead, resident, checksums, max_bytes)
+    _call(_ops.open, drive, directory, *settings, durable_path, mode, _bytes_tensor(store_id))
     return drive
 
 
@@ -151,6 +155,91 @@ def reorder(handle: Tensor, index: Sequence[int]) -> None:
 
 def flush(drive: Tensor) -> None:
     _call(_ops.flush, drive)
+
+
+# ---- what outlives the process ----------------------------------------------------------------------------------
+
+
+def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> list[int]:
+    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i.
+
+    Returns the snapshots whose pages lie outside the file, or over others'.
+    """
+    return _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries)).tolist()
+
+
+def restore_layer(
+    drive: Tensor,
+    *,
+    num_kv_heads: int,
+    head_dim_k: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    code_bits: int,
+    number: int,
+    begin: int,
+    first_pages: Sequence[int],
+    lengths: Sequence[int],
+    entries: bytes,
+    snapshot: int,
+) -> Tensor:
+    """The handle of a layer as a snapshot has it."""
+    handle = torch.tensor([int(drive[0]), next(_layer_numbers), -1])
+    geometry = (num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
+    rows = (list(first_pages), list(lengths), _bytes_tensor(entries))
+    _call(_ops.restore_layer, handle, *geometry, number, begin, *rows, snapshot)
+    return handle
+
+
+class CommittedLayer(NamedTuple):
+    begin: int
+    rows: list[tuple[int, int]]  # first page, length in tokens
+    entries: bytes  # of the pages of all rows
+
+
+def commit(drive: Tensor, snapshot: int, handles: Sequence[Tensor]) -> list[CommittedLayer]:
+    """Puts what these layers hold on the drive for good. Its space is held by the snapshot until :func:`release`."""
+    numbers, entries = _call(_ops.commit, drive, snapshot, [int(handle[1]) for handle in handles])
+    values, entries = iter(numbers.tolist()), entries.numpy().tobytes()
+    tables = []
+    place = 0
+    for _ in handles:
+        begin, row_count = next(values), next(values)
+        rows = [(next(values), next(values)) for _ in range(row_count)]
+        page_count = sum(-(-length // 64) - first_page for first_page, length in rows)
+        tables.append(CommittedLayer(begin, rows, entries[place : place + 16 * page_count]))
+        place += 16 * page_count
+    return tables
+
+
+def release(drive: Tensor, snapshot: int) -> None:
+    _call(_ops.release, drive, snapshot)
+
+
+class BadPage(NamedTuple):
+    row: int
+    index: int
+    file_offset: int
+    error: int  # errno of a read that failed; 0: it came back with other bytes than were written
+
+
+def verify(handle: Tensor) -> list[BadPage]:
+    """Pages of a layer that the drive does not give back as they were written."""
+    return [BadPage(*page) for page in _call(_ops.verify, handle).tolist()]
+
+
+def shrink(drive: Tensor) -> int:
+    """Gives the unused end of the file back to the file system. Returns its bytes."""
+    return int(_call(_ops.shrink, drive))
+
+
+def check_room(drive: Tensor, size_bytes: int) -> None:
+    """Raises StoreFullError, with the numbers, if so many bytes of pages more cannot be stored."""
+    _call(_ops.check_room, drive, size_bytes)
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 # ---- computing --------------------------------------------------------------------------------------------------
@@ -249,6 +338,19 @@ def probe(directory: str, io_engine: str) -> dict[str, str | bool | list[str]]:
     }
 
 
+class Header(NamedTuple):
+    """What the first bytes of a file of pages say."""
+
+    durable: bool  # else a scratch file
+    store_id: bytes  # the same as in the catalogue; zeros in a scratch file
+
+
+def read_header(path: str) -> Header:
+    """Raises StoreCorruptError for a file that is none, StoreError for one that cannot be read or is too new."""
+    lifetime, *store_id = _call(_ops.read_header, path).tolist()
+    return Header(lifetime == 1, bytes(store_id))
+
+
 def supported_simd() -> list[str]:
     """Instruction sets this processor runs, slowest first."""
     return _text(_call(_ops.supported_simd)).split(",")
@@ -284,7 +386,7 @@ for _name in (
         return None
 
 
-for _name in ("stats", "probe", "supported_simd"):
+for _name in ("stats", "probe", "read_header", "supported_simd"):
 
     @torch.library.register_fake(f"torch_csd::{_name}")
     def _(*args):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import os
 import shutil
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_csd import ops
+from torch_csd.catalogue import PAGE_TOKENS, check_name, page_bytes
 from torch_csd.config import IO_ENGINES, StoreConfig, as_int, directory_path
-from torch_csd.errors import StoreClosedError
+from torch_csd.drive import CODE_BITS, Drive, DurableDrive, StoredLayer, dtype_text, find_store, open_writer
+from torch_csd.errors import StoreClosedError, StoreError
 
 CAUSAL = {
     False: ops.CAUSAL_NONE,
@@ -24,70 +29,12 @@ CAUSAL = {
     "upper_left": ops.CAUSAL_UPPER_LEFT,
 }
 
-CODE_BITS = {torch.int8: 8, torch.int4: 4}
 
+class PrefixMatch(NamedTuple):
+    """A committed sequence that begins like some tokens."""
 
-@dataclass(frozen=True)
-class StoredLayer:
-    """One layer as the store knows it: its native handle, and what it was created with."""
-
-    handle: Tensor  # [3], int64
-    num_kv_heads: int
-    head_dim_k: int
-    head_dim_v: int
-    kv_dtype: torch.dtype  # on the drive
-    dtype: torch.dtype  # of what is appended
-    device: torch.device  # of what is appended
-    # The newest handle of one state, by epoch: what K and V handed out in the same state share.
-    _snapshots: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def at(self, epoch: int) -> Tensor:
-        """The layer's handle in one state: ops that are given it refuse to run in another."""
-        handle = self._snapshots.get(epoch)
-        if handle is None:
-            with torch.inference_mode(False):  # it outlives the mode it is made in
-                handle = self.handle.clone()
-                handle[2] = epoch
-            self._snapshots.clear()
-            self._snapshots[epoch] = handle
-        return handle
-
-
-class _Drive:
-    """The native drive that a store and its forks share; closed when the last of them is."""
-
-    def __init__(self, config: StoreConfig) -> None:
-        self.config = config
-        self.handle = ops.open_drive(
-            config.directory,
-            io_engine=config.io_engine,
-            simd=config.simd,
-            memory_budget_bytes=config.memory_budget_bytes,
-            threads=config.threads,
-            queue_depth=config.queue_depth,
-            read_ahead_bytes=config.read_ahead_bytes,
-            resident=config.resident,
-            checksums=config.checksums,
-        )
-        self._lock = threading.RLock()  # a finalizer may run in the middle of acquire()
-        self._users = 0
-        self._finalizer = weakref.finalize(self, _close_quietly, self.handle, os.getpid())
-
-    def acquire(self) -> None:
-        with self._lock:
-            self._users += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._finalizer()
-
-
-def _close_quietly(handle: Tensor, process: int) -> None:
-    # A forked child must not tear down what belongs to its parent.
-    if os.getpid() == process:
-        ops.close_drive(handle)
+    name: str
+    length: int  # tokens that agree
 
 
 class KVStore:
@@ -95,7 +42,9 @@ class KVStore:
 
     A store holds layers, numbered by the caller and created by the first :meth:`append`; a layer holds ``batch`` rows
     (sequences), which may differ in length. Token positions are absolute: trimming old tokens does not renumber.
-    The file is *scratch*: nothing is left in ``directory`` however the process ends.
+    The file is *scratch*: nothing is left in ``directory`` however the process ends. With ``durable`` and a ``name`` it
+    is kept: :meth:`commit` makes all that was appended so far survive the process, kill -9 and power loss, and
+    :meth:`open` finds it again. The durable sequences of a directory share a file, which one process at a time writes.
 
     Args:
         directory: where the file lives; ``None``: ``$TORCH_CSD_DIRECTORY``, else the temporary directory.
@@ -104,7 +53,8 @@ class KVStore:
         kv_dtype: dtype on the drive (float32, bfloat16, float16, int8, int4 or their names); ``None``: as appended.
             int8 and int4 quantise all but the newest 65 to 128 tokens of a row: K per channel over a page of 64
             tokens, V per token, each value off by at most half a step: (max - min) / 255 / 2 or / 15 / 2 of its group.
-        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
+        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``. Where the kernel refuses io_uring later on (a container's
+            seccomp filter), the store goes on with pread and warns once.
         threads: workers for reading and arithmetic; ``None``: ``torch.get_num_threads()``.
         queue_depth: reads in flight during a call, all workers together.
         read_ahead: memory for what is read before it is needed, while the caller computes: attention that goes over
@@ -114,11 +64,16 @@ class KVStore:
         simd: ``"serial"``, ``"avx2"``, ``"avx512"``, ``"avx512vnni"``; ``None``: ``$TORCH_CSD_SIMD``, else the fastest
             there is.
         resident: ``False`` sends every full page to the drive even if there is room in memory (cold benchmarks).
+        max_bytes: what the file may take on the drive, that of all sequences if it is durable; ``None``: any.
+        durable: keeps what is committed. The stores of a process that share a directory share their settings, too.
+        name: of the durable sequence that this is to become; must be new. At most 200 characters, no "/".
+        metadata: what JSON can hold, kept with a durable sequence for its readers; the store does not look at it.
         checksums: ``False`` does not compare pages with their checksums when they are read from the drive.
 
     Raises:
-        StoreError: the directory is missing, is not one, or cannot be written.
-        StoreFullError: it is full.
+        StoreError: the directory is missing, is not one, or cannot be written; there is a sequence ``name`` already.
+        StoreBusyError: another process has the directory's durable store open for writing.
+        StoreFullError: the drive is full.
         MemoryBudgetError: the budget is below the minimum.
         ValueError: any other bad setting.
 
@@ -140,6 +95,10 @@ class KVStore:
         read_ahead: int | str | None = None,
         simd: str | None = None,
         resident: bool = True,
+        max_bytes: int | str | None = None,
+        durable: bool = False,
+        name: str | None = None,
+        metadata: dict | None = None,
         checksums: bool = True,
     ) -> None:
         config = StoreConfig.make(
@@ -152,16 +111,103 @@ class KVStore:
             queue_depth=queue_depth,
             read_ahead=read_ahead,
             resident=resident,
+            max_bytes=max_bytes,
             checksums=checksums,
         )
-        self._attach(_Drive(config))
+        if not durable and (name is not None or metadata is not None):
+            raise ValueError("only a durable store has a name and metadata; pass durable=True with them")
+        if durable and name is None:
+            raise ValueError('a durable store needs a name: pass name="..."')
+        metadata = _checked_metadata(metadata)
+        if not durable:
+            drive = Drive(config)
+            drive.acquire()
+        else:
+            check_name(name)
+            drive = open_writer(config, create=True)
+            try:
+                drive.claim(name, new=True)
+            except BaseException:
+                drive.release()
+                raise
+        self._attach(drive, config.kv_dtype, name, metadata)
 
-    def _attach(self, drive: _Drive) -> None:
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str] | None,
+        name: str,
+        *,
+        read_only: bool = False,
+        device: torch.device | str = "cpu",
+        memory_budget: int | str = "1GiB",
+        io_engine: str = "auto",
+        threads: int | None = None,
+        queue_depth: int = 32,
+        read_ahead: int | str | None = None,
+        simd: str | None = None,
+        resident: bool = True,
+        max_bytes: int | str | None = None,
+        checksums: bool = True,
+    ) -> KVStore:
+        """The sequence ``name`` as it was last committed, bit for bit.
+
+        Args:
+            read_only: needs no lock: several processes may read while one writes. Appending and committing are errors.
+                What the writer commits meanwhile is not seen.
+            device: of the tokens that will be appended, and of what is read.
+            Others as for the class; ``kv_dtype`` is that of the sequence.
+
+        Raises:
+            StoreError: there is no such store or sequence, or it is of another version of the format.
+            StoreBusyError: another process has the store open for writing, or another store here the sequence.
+            StoreCorruptError: its files are damaged.
+        """
+        config = StoreConfig.make(
+            directory,
+            memory_budget=memory_budget,
+            kv_dtype=None,
+            io_engine=io_engine,
+            simd=simd,
+            threads=threads,
+            queue_depth=queue_depth,
+            read_ahead=read_ahead,
+            resident=resident,
+            max_bytes=max_bytes,
+            checksums=checksums,
+        )
+        check_name(name)
+        if read_only:
+            drive = DurableDrive(config, find_store(config.directory), read_only=True)
+            drive.acquire()
+        else:
+            drive = open_writer(config, create=False)
+        claimed = False
+        try:
+            drive.claim(name, new=False)
+            claimed = True
+            layers, sequence = drive.load(name, torch.device(device))
+        except BaseException:
+            drive.release(name if claimed else None)
+            raise
+        store = cls.__new__(cls)
+        kv_dtypes = {stored.kv_dtype for stored in layers.values()}
+        kv_dtype = kv_dtypes.pop() if len(kv_dtypes) == 1 else None
+        store._attach(drive, kv_dtype, name, sequence.metadata)
+        store._layers.update(layers)
+        store._token_ids = sequence.token_ids
+        return store
+
+    def _attach(self, drive: Drive, kv_dtype: torch.dtype | None, name: str | None, metadata: dict) -> None:
+        """Takes over one use of the drive, and the claim on the name."""
         self._drive = drive
+        self._kv_dtype = kv_dtype
+        self._name = name
+        self.metadata = metadata
+        self._token_ids: tuple[array, ...] | None = None  # of what is committed
         self._layers: dict[int, StoredLayer] = {}
         self._lock = threading.RLock()  # of _layers
-        drive.acquire()
-        self._finalizer = weakref.finalize(self, _release, drive, self._layers, os.getpid())
+        self._finalizer = weakref.finalize(self, _release, drive, self._layers, name, os.getpid())
 
     # ---- what is stored ----------------------------------------------------------------------------------------
 
@@ -171,7 +217,21 @@ class KVStore:
 
     @property
     def kv_dtype(self) -> torch.dtype | None:
-        return self._drive.config.kv_dtype
+        return self._kv_dtype
+
+    @property
+    def durable(self) -> bool:
+        return self._drive.durable
+
+    @property
+    def name(self) -> str | None:
+        """Of a durable sequence; None for a scratch store, and for a fork that was given none."""
+        return self._name
+
+    @property
+    def token_ids(self) -> list[list[int]] | None:
+        """The ids that were last committed with this sequence, row by row."""
+        return None if self._token_ids is None else [list(ids) for ids in self._token_ids]
 
     @property
     def closed(self) -> bool:
@@ -285,15 +345,131 @@ class KVStore:
         """New row i is what row ``index[i]`` was. Selects, repeats and permutes; rows that come twice share pages."""
         ops.reorder(self.layer(layer).handle, _ints(index, "index"))
 
-    def fork(self) -> KVStore:
-        """A store with the same contents on the same drive. Full pages are shared; the two go on independently."""
+    def fork(self, name: str | None = None) -> KVStore:
+        """A store with the same contents on the same drive. Full pages are shared; the two go on independently.
+
+        Args:
+            name: of the durable sequence that the fork is to become when it is committed; must be new.
+
+        Raises:
+            StoreError: there is a sequence of this name already. StoreBusyError: it is open.
+        """
         self._check_open()
+        drive = self._drive
+        if name is not None:
+            if not drive.durable or drive.read_only:
+                raise StoreError("only the fork of a durable store that is open for writing can have a name")
+            drive.claim(check_name(name), new=True)
+        drive.acquire()
         other = KVStore.__new__(KVStore)
-        other._attach(self._drive)
+        other._attach(drive, self._kv_dtype, name, copy.deepcopy(self.metadata))
         with self._lock:
             for number, stored in self._layers.items():
                 other._layers[number] = dataclasses.replace(stored, handle=ops.fork_layer(stored.handle))
         return other
+
+    def commit(self, token_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None) -> None:
+        """Makes everything that the store holds now survive the process, kill -9 and power loss, under its name.
+
+        All or nothing: after an error the sequence is, on the drive, what it was after the commit before.
+
+        Args:
+            token_ids: ``[batch, tokens]``, or ``[tokens]`` for one row: the ids that the stored tokens stand for, so
+                that :meth:`prefix_matches` can find them. Those beyond a row's length are left out.
+
+        Raises:
+            StoreError: the store is scratch, has no name, or is read only; a write failed.
+            StoreFullError: there is no room. ValueError: token_ids do not fit.
+        """
+        self._check_open()
+        if not self._drive.durable:
+            raise StoreError("a scratch store cannot be committed; make it with durable=True and a name")
+        if self._name is None:
+            raise StoreError("this fork has no name to be committed under; make it by fork(name)")
+        if self._drive.read_only:
+            raise StoreError(f"sequence {self._name!r} was opened to be read only; open it without read_only")
+        with self._lock:
+            ids = None if token_ids is None else self._checked_ids(token_ids)
+            self._drive.commit(self._name, self._layers, _checked_metadata(self.metadata), ids)
+            self._token_ids = ids
+
+    def _checked_ids(self, token_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> tuple[array, ...]:
+        values = torch.as_tensor(token_ids)
+        if values.dim() == 1:
+            values = values[None]
+        if values.dim() != 2 or values.is_floating_point() or values.dtype == torch.bool:
+            raise ValueError(f"token_ids must be integers [batch, tokens], got {values.dtype} {list(values.shape)}")
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**31:
+            raise ValueError("token_ids must be from 0 to 2**31 - 1")
+        lengths = [max(row) for row in zip(*(self.lengths(number) for number in self.layers()), strict=True)]
+        if len(values) != len(lengths) or any(length > values.shape[1] for length in lengths):
+            raise ValueError(
+                f"token_ids must be [batch, tokens] with an id for each stored token, rows of {lengths}; "
+                f"got {list(values.shape)}"
+            )
+        return tuple(array("i", ids[:length].tolist()) for ids, length in zip(values, lengths, strict=True))
+
+    def prefix_matches(
+        self, token_ids: Sequence[int] | Tensor, *, wants: Callable[[dict], bool] | None = None
+    ) -> list[PrefixMatch]:
+        """The committed sequences of this directory that begin like ``token_ids``, longest match first.
+
+        Only those of one row, committed with their token ids, are looked at.
+
+        Args:
+            token_ids: ``[tokens]``.
+            wants: given a sequence's metadata, whether it is to be looked at.
+        """
+        self._check_open()
+        if not self._drive.durable:
+            raise StoreError("a scratch store has no committed sequences; make it with durable=True and a name")
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        matches = self._drive.catalogue.match_prefix(ids, wants or (lambda metadata: True))
+        return [PrefixMatch(name, length) for name, length in matches if length > 0]
+
+    def committed_begins(self, name: str) -> dict[int, int]:
+        """By layer of a committed sequence of this directory, the first position that can be read."""
+        self._check_open()
+        return self._drive.begins(name)
+
+    def check_room(self, k: Tensor, v: Tensor, *, layer_count: int = 1) -> None:
+        """Whether tokens like these can be appended to so many layers, before any is.
+
+        What counts is the free space of the device, ``max_bytes``, and unless the store is durable the memory that is
+        left of the budget.
+
+        Raises:
+            StoreFullError: they cannot; its text has the numbers.
+        """
+        self._check_open()
+        batch, num_kv_heads, tokens, head_dim_k = k.shape
+        size = page_bytes(num_kv_heads, head_dim_k, v.shape[3], dtype_text(self.kv_dtype or k.dtype))
+        ops.check_room(self._drive.handle, layer_count * batch * (tokens // PAGE_TOKENS) * size)
+
+    def use_prefix(self, match: PrefixMatch, *, device: torch.device | str = "cpu") -> None:
+        """Fills this store, which must be empty, with the first ``match.length`` tokens of a committed sequence.
+
+        Its full pages are shared: nothing is copied or read.
+
+        Raises:
+            StoreError: there is no such sequence. ValueError: it is shorter, or has trimmed tokens that are needed.
+        """
+        self._check_open()
+        with self._lock:
+            if self._layers:
+                raise ValueError(f"a prefix goes into an empty store; this one holds layers {self.layers()}")
+            layers, _ = self._drive.load(match.name, torch.device(device))
+            try:
+                for stored in layers.values():
+                    lengths = ops.layer_info(stored.handle).lengths
+                    if any(length < match.length for length in lengths):
+                        raise ValueError(f"sequence {match.name!r} has {min(lengths)} tokens, wanted {match.length}")
+                    ops.truncate(stored.handle, [match.length])
+            except BaseException:
+                for stored in layers.values():
+                    ops.drop_layer(stored.handle)
+                raise
+            self._layers.update(layers)
 
     def free(self, layer: int | None = None) -> None:
         """Forgets a layer's rows, or all layers'. The number may be used again, for any batch and geometry."""
@@ -437,7 +613,7 @@ class KVStore:
         return f"KVStore(directory={self.directory!r}, {state})"
 
 
-def _release(drive: _Drive, layers: dict[int, StoredLayer], process: int) -> None:
+def _release(drive: Drive, layers: dict[int, StoredLayer], name: str | None, process: int) -> None:
     if os.getpid() != process:
         return
     try:
@@ -445,7 +621,18 @@ def _release(drive: _Drive, layers: dict[int, StoredLayer], process: int) -> Non
             ops.drop_layer(stored.handle)
     finally:
         layers.clear()
-        drive.release()
+        drive.release(name)
+
+
+def _checked_metadata(metadata: dict | None) -> dict:
+    """A copy, as JSON gives it back."""
+    try:
+        checked = json.loads(json.dumps({} if metadata is None else metadata, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be a dict of what JSON can hold: {error}") from None
+    if not isinstance(checked, dict):
+        raise ValueError(f"metadata must be a dict, got {metadata!r}")
+    return checked
 
 
 def _ints(values: Sequence[int] | Tensor, name: str, *, low: int = -(2**62)) -> list[int]:

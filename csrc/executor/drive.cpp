@@ -1,11 +1,13 @@
 #include "executor/drive.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "base/checksum.h"
 #include "base/error.h"
@@ -83,13 +85,12 @@ Drive::Drive(const DriveOptions& options)
                                         text(options.memory_budget_bytes) +
                                         " bytes; raise memory_budget, or read less ahead");
   }
-  file_ = open_scratch_file(options.directory, options.io_engine);
+  open_file();
   try {
-    write_header(file_.fd, file_.path);
     engine_ = make_io_engine(file_.engine, static_cast<int>(std::max<int64_t>(4, options.threads)));
     scratch_bytes_max_ = scratch_bytes(options.memory_budget_bytes);
     arena_ = std::make_unique<Arena>(options.memory_budget_bytes - staging - scratch_bytes_max_);
-    space_ = std::make_unique<FileSpace>(file_.fd, file_.path, &table_memory_);
+    space_ = std::make_unique<FileSpace>(file_.fd, file_.path, options.bytes_max, &table_memory_);
     stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, &pool_,
                                            static_cast<int>(options.queue_depth), staging, options.checksums);
     packer_ = std::make_unique<Packer>(&kernels_, &pool_);
@@ -106,9 +107,46 @@ Drive::~Drive() {
   writer_.reset();
   stream_.reset();
   layers_.clear();  // pages give their memory back before the arena goes
+  snapshots_.clear();
   engine_.reset();
   space_.reset();
   close(file_.fd);
+}
+
+void Drive::open_file() {
+  const bool durable = !options_.durable_path.empty();
+  file_ = durable ? open_durable_file(options_.durable_path, options_.io_engine, options_.durable_mode)
+                  : open_scratch_file(options_.directory, options_.io_engine);
+  try {
+    if (!durable || options_.durable_mode == DurableMode::kCreate) {
+      write_header(file_.fd, file_.path,
+                   {durable ? Lifetime::kDurable : Lifetime::kScratch, options_.store_id});
+      if (durable) sync_data(file_.fd, file_.path);
+    } else {
+      const Header header = read_header(file_.fd, file_.path);
+      if (header.lifetime != Lifetime::kDurable) {
+        throw Error(ErrorKind::kCorrupt,
+                    file_.path + ": the file of a scratch store, which ended with its process");
+      }
+      if (header.store_id != options_.store_id) {
+        throw Error(ErrorKind::kCorrupt, file_.path +
+                                             ": belongs to another store than the catalogue beside it; "
+                                             "put back the file that was made with it");
+      }
+    }
+    struct stat info {};
+    if (fstat(file_.fd, &info) != 0) throw io_error(file_.path, "looking at the file", errno);
+    durable_file_bytes_ = durable ? info.st_size : 0;
+  } catch (...) {
+    close(file_.fd);
+    throw;
+  }
+}
+
+void Drive::check_writable() const {
+  if (options_.durable_path.empty() || options_.durable_mode != DurableMode::kReadOnly) return;
+  throw Error(ErrorKind::kStore,
+              file_.path + ": opened to be read only; open it without read_only to store tokens in it");
 }
 
 void Drive::check_process() const {
@@ -202,6 +240,7 @@ Ref<Home> Drive::new_home(const Geometry& geometry) {
 
 LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   check_process();
+  check_writable();
   std::lock_guard<FairMutex> lock(mutex_);
   Layer& layer = find(layer_id);
   settle_writes();
@@ -378,7 +417,11 @@ void Drive::write_behind(int64_t appended_bytes) {
   if (!arena_full_) return;
   const int64_t window = std::min({appended_bytes, kWriteBehindBytes, arena_->limit_bytes() / 4});
   try {
-    while (writer_->pending_bytes() < window && evict_one()) {
+    // What the drive has already can go when its room is needed, at no cost.
+    const auto next_is_written = [this] {
+      return candidates_.next() != nullptr && candidates_.next()->written;
+    };
+    while (writer_->pending_bytes() < window && !next_is_written() && evict_one() != Evicted::kNone) {
     }
   } catch (const Error& error) {
     // No space: this append stands. The next one that needs the room says so.
@@ -450,7 +493,7 @@ void Drive::divide_budget(const Layer& layer, int64_t row_count) {
   bool stuck = false;
   try {
     while (arena_->mapped_bytes() > arena_->limit_bytes() && writer_->pending_bytes() < write_window() &&
-           evict_one(false)) {
+           evict_one(false) != Evicted::kNone) {
     }
     writer_->flush();
   } catch (const Error& error) {
@@ -472,8 +515,9 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
     if (uint8_t* memory = arena_->allocate(page_bytes)) return memory;
     arena_full_ = true;
     // Many pages on their way at once, so that the drive is kept busy; then wait for the first to be done.
-    while (writer_->pending_bytes() < window && evict_one()) {
-    }
+    Evicted evicted = Evicted::kWriting;
+    while (writer_->pending_bytes() < window && evicted == Evicted::kWriting) evicted = evict_one();
+    if (evicted == Evicted::kGone) continue;
     writer_->flush();
     if (writer_->idle()) {
       if (packer_->empty()) {
@@ -489,20 +533,26 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
   }
 }
 
-// Starts writing one page so that its memory becomes free.
-bool Drive::evict_one(bool tails_too) {
+// Makes one page leave memory: by starting to write it, or at once if the drive has it.
+Drive::Evicted Drive::evict_one(bool tails_too) {
   while (Page* next = candidates_.next()) {
-    if (!next->sealed && !tails_too) return false;
+    if (!next->sealed && !tails_too) return Evicted::kNone;
     const Ref<Page> page(next);
     const bool evictable = page->evictable();
+    if (evictable && page->written) {
+      candidates_.remove(next);
+      arena_->release(std::exchange(page->memory, nullptr));
+      return Evicted::kGone;
+    }
     if (evictable) {
       writer_->add(page);
       if (!page->sealed) tail_spills_++;
     }
-    candidates_.remove(next);  // if it is pinned, the packer's end lists it again
-    if (evictable) return true;
+    candidates_.remove(
+        next);  // if it is pinned, the packer's end lists it again; if it is written, the writer
+    if (evictable) return Evicted::kWriting;
   }
-  return false;
+  return Evicted::kNone;
 }
 
 // Takes note of writes that ended. Those that failed left their pages in memory: they stay candidates, to be
@@ -523,9 +573,20 @@ const uint8_t* Drive::page_image(const Layer& layer, const PageUse& use) {
 
 void Drive::read_page(const Layer& layer, const PageUse& use, uint8_t* memory) {
   const Page& page = *use.page;
-  iovec segment{memory, static_cast<size_t>(page.page_bytes())};
+  const int error = read_bytes(page.file_offset, page.page_bytes(), memory);
+  if (error != 0) {
+    throw unreadable_pages(file_.path, layer.number, &use, 1, page.file_offset, error);
+  }
+  if (!options_.checksums) return;
+  const uint32_t found = crc32c(memory, page.page_bytes());
+  if (found != page.checksum) throw damaged_page(file_.path, layer.number, use, found);
+}
+
+// 0 or an errno value.
+int Drive::read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory) {
+  iovec segment{memory, static_cast<size_t>(bytes)};
   IoRequest request;
-  request.file_offset = page.file_offset;
+  request.file_offset = file_offset;
   request.segments = &segment;
   request.segment_count = 1;
   const auto read = [&] {
@@ -534,14 +595,8 @@ void Drive::read_page(const Layer& layer, const PageUse& use, uint8_t* memory) {
     while (completions.empty()) page_queue_->reap(true, &completions);
     return completions.front().error;
   };
-  int error = read();
-  if (error == EIO) error = read();  // the medium may give it the second time
-  if (error != 0) {
-    throw unreadable_pages(file_.path, layer.number, &use, 1, page.file_offset, error);
-  }
-  if (!options_.checksums) return;
-  const uint32_t found = crc32c(memory, page.page_bytes());
-  if (found != page.checksum) throw damaged_page(file_.path, layer.number, use, found);
+  const int error = read();
+  return error == EIO ? read() : error;  // the medium may give it the second time
 }
 
 void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
@@ -727,6 +782,11 @@ void Drive::read(int64_t layer_id, int64_t epoch, const ReadRequest& request) {
 
 // ---- reporting ----
 
+std::string Drive::fallback_warning() const {
+  return file_.path + ": " + engine_->fallback_reason() +
+         "; this drive reads and writes with pread from now on";
+}
+
 std::string Drive::stats_json() {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
@@ -759,8 +819,12 @@ std::string Drive::stats_json() {
   };
   std::string json = "{";
   json += quoted("directory", options_.directory);
-  json += quoted("io_engine", file_.engine);
-  json += quoted("io_reason", file_.reason);
+  const char* fallback = engine_->fallback_reason();
+  json += quoted("io_engine", engine_->name());
+  json +=
+      quoted("io_reason", fallback == nullptr ? file_.reason
+                                              : "pread since io_uring was refused: " + std::string(fallback) +
+                                                    "; it began with " + file_.reason);
   json += std::string("\"direct_io\": ") + (file_.direct_io ? "true, " : "false, ");
   json += std::string("\"checksums\": ") + (options_.checksums ? "true, " : "false, ");
   json += quoted("simd", kernels_.name);

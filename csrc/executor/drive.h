@@ -9,6 +9,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -29,7 +30,9 @@
 #include "store/arena.h"
 #include "store/candidates.h"
 #include "store/extents.h"
+#include "store/format.h"
 #include "store/layer.h"
+#include "store/table.h"
 
 namespace csd {
 
@@ -45,6 +48,26 @@ struct DriveOptions {
   LendThreads lend_threads = nullptr;  // see base/thread_pool.h
   bool resident = true;                // false: full pages always leave memory (to measure or test the drive)
   bool checksums = true;               // compared when pages are read; they are computed in any case
+  int64_t bytes_max = 0;               // that the file may take; 0: any
+  // A file that outlives the process: its path, and how it is opened. Empty: a scratch file in the directory.
+  std::string durable_path;
+  DurableMode durable_mode = DurableMode::kWrite;
+  StoreId store_id{};  // that it is made with, or must have
+};
+
+// A layer as a catalogue keeps it.
+struct LayerTable {
+  int64_t begin = 0;
+  std::vector<RowTable> rows;
+  std::vector<PageEntry> entries;  // of all rows, in order
+};
+
+// A page that is not as it was written.
+struct BadPage {
+  int64_t row = 0;
+  int64_t index = 0;
+  int64_t file_offset = 0;
+  int error = 0;  // errno of a read that failed; 0: it came back with other bytes
 };
 
 // New tokens of one layer: k [row_count, num_kv_heads, q_len, head_dim_k], v likewise, strides in elements,
@@ -96,7 +119,35 @@ class Drive {
   void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
   void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
 
+  // ---- what outlives the process (commit.cpp). A snapshot keeps the space of what a catalogue names. ----
+
+  // Before anything is stored: the space that the sequences of the catalogue take. tables: their entries.
+  // Returns the snapshots of those that overlap others: they keep their space, and must not be restored.
+  std::vector<int64_t> adopt(const std::vector<int64_t>& snapshot_ids,
+                             const std::vector<std::vector<PageEntry>>& tables);
+  // A layer of a snapshot. Throws kCorrupt for a table that cannot be one.
+  void restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
+                     int64_t snapshot_id);
+  // Everything that these layers hold is on the drive, for good, when this returns: their tables, to be put
+  // into the catalogue. Space that the snapshot holds is not written to until it is released.
+  std::vector<LayerTable> commit(int64_t snapshot_id, const std::vector<int64_t>& layer_ids);
+  void release(int64_t snapshot_id);
+  // Reads every page of a layer that is on the drive, and compares.
+  std::vector<BadPage> verify(int64_t layer_id);
+  int64_t shrink();  // gives the unused end of the file back; its bytes
+  // Throws kNoSpace, with the numbers, when so many bytes of pages more cannot be stored.
+  void check_room(int64_t bytes);
+  int64_t durable_file_bytes() const { return durable_file_bytes_; }  // when it was opened
+  int64_t file_bytes();                                               // now, once it has adopted
+
   std::string stats_json();
+
+  // Once, when io_uring was refused in the middle of the run: what happened, for the user. Else empty. Asked
+  // after every op, so it takes no lock.
+  std::string take_warning() {
+    if (engine_->fallback_reason() == nullptr || warned_.exchange(true)) return {};
+    return fallback_warning();
+  }
 
  private:
   // A page that an append put another in the place of, kept until the append is sure to stand.
@@ -107,7 +158,11 @@ class Drive {
   };
 
   Layer& find(int64_t layer_id);
+  void open_file();
+  static const Ref<Extent>& extent_at(const std::vector<Ref<Extent>>& extents, int64_t file_offset);
+  void check_writable() const;
   static LayerInfo info_of(const Layer& layer);
+  std::string fallback_warning() const;
   void check_process() const;
   Row new_row(const Geometry& geometry);
   Ref<Home> new_home(const Geometry& geometry);
@@ -124,10 +179,12 @@ class Drive {
   int64_t staging_room(const Layer& layer, int64_t row_count) const;
   void divide_budget(const Layer& layer, int64_t row_count);
   uint8_t* page_memory(int64_t page_bytes);
-  bool evict_one(bool tails_too = true);
+  enum class Evicted : uint8_t { kNone, kWriting, kGone };
+  Evicted evict_one(bool tails_too = true);
   void seal(const Ref<Page>& page);
   const uint8_t* page_image(const Layer& layer, const PageUse& use);
   void read_page(const Layer& layer, const PageUse& use, uint8_t* memory);
+  int read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;
@@ -143,6 +200,7 @@ class Drive {
   const Kernels& kernels_;
   OpenedFile file_;
   std::unique_ptr<IoEngine> engine_;
+  std::atomic<bool> warned_{false};  // that it fell back
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<FileSpace> space_;
   int64_t scratch_bytes_max_ = 0;
@@ -158,6 +216,10 @@ class Drive {
   FairMutex mutex_;  // of everything here
   std::map<int64_t, Layer> layers_;
   ReadAhead ahead_{&layers_};
+
+  std::map<int64_t, std::vector<Ref<Extent>>> snapshots_;  // each by file offset
+  int64_t durable_file_bytes_ = 0;
+  bool sync_failed_ = false;  // no later one can be trusted
 
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;

@@ -22,27 +22,42 @@ Writer::Writer(std::unique_ptr<IoQueue> queue, std::string path)
 
 Writer::~Writer() { queue_.reset(); }  // waits for what is in flight, before the pages go
 
-void Writer::add(const Ref<Page>& page) {
-  const int64_t page_bytes = page->page_bytes();
+void Writer::add(const Ref<Page>& page, After after) {
   // A tail comes back soon: an extent of its own is free again at once.
   auto [offset, extent] =
-      page->sealed ? page->home->stream.take() : page->home->stream.take_alone(page_bytes);
-  const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == offset;
+      page->sealed ? page->home->stream.take() : page->home->stream.take_alone(page->page_bytes());
+  begin(offset, page->page_bytes(), after);
+  page->checksum = crc32c(page->memory, page->page_bytes());
+  page->file_offset = offset;
+  page->extent = std::move(extent);
+  push(page);
+}
+
+void Writer::add_image(const Ref<Page>& page, int64_t file_offset) {
+  begin(file_offset, page->page_bytes(), After::kIsImage);
+  push(page);
+}
+
+// Makes the batch one that a page at this place can join.
+void Writer::begin(int64_t file_offset, int64_t page_bytes, After after) {
+  const bool adjacent = batch_.page_bytes == page_bytes && batch_.file_offset + batch_.bytes == file_offset &&
+                        batch_.after == after;
   if (!batch_.pages.empty() &&
       (!adjacent || batch_.bytes + page_bytes > kWriteBytes || batch_.segments.size() == kSegmentsMax)) {
     flush();
   }
   if (batch_.pages.empty()) {
-    batch_.file_offset = offset;
+    batch_.after = after;
+    batch_.file_offset = file_offset;
     batch_.page_bytes = page_bytes;
   }
-  page->checksum = crc32c(page->memory, page_bytes);
-  page->file_offset = offset;
-  page->extent = std::move(extent);
+}
+
+void Writer::push(const Ref<Page>& page) {
   batch_.pages.push_back(page);
-  batch_.segments.push_back({page->memory, static_cast<size_t>(page_bytes)});
-  batch_.bytes += page_bytes;
-  pending_bytes_ += page_bytes;
+  batch_.segments.push_back({page->memory, static_cast<size_t>(page->page_bytes())});
+  batch_.bytes += page->page_bytes();
+  pending_bytes_ += page->page_bytes();
   if (batch_.bytes >= kWriteBytes) flush();
 }
 
@@ -80,19 +95,28 @@ void Writer::reap(bool wait) {
     free_tags_.push_back(completion.tag);
     pending_bytes_ -= request.bytes;
     if (completion.error == 0) written_bytes_ += request.bytes;
-    for (Ref<Page>& page : request.pages) {
-      if (completion.error == 0) {
-        page->written = true;
-        page->home->arena->release(std::exchange(page->memory, nullptr));
-      } else {
-        page->file_offset = -1;
-        page->extent.reset();
-        failed_.push_back(std::move(page));
-      }
-    }
+    settle(&request, completion.error);
     if (completion.error != 0 && error_ == 0) {
       error_ = completion.error;
       error_offset_ = request.file_offset;
+    }
+  }
+}
+
+void Writer::settle(Batch* request, int error) {
+  if (request->after == After::kIsImage) return;
+  for (Ref<Page>& page : request->pages) {
+    if (error != 0) {
+      page->file_offset = -1;
+      page->extent.reset();
+      failed_.push_back(std::move(page));
+      continue;
+    }
+    page->written = true;
+    if (request->after == After::kLeaves) {
+      page->home->arena->release(std::exchange(page->memory, nullptr));
+    } else {
+      page->home->candidates->add(page.get());
     }
   }
 }

@@ -1,4 +1,4 @@
-// Write-behind: takes pages out of memory, onto the drive, without making the caller wait for the drive.
+// Write-behind: takes pages onto the drive, and out of memory, without making the caller wait for the drive.
 //
 // Adjacent pages go out in one vectored write. A page stays readable in memory until its write has completed;
 // if the write fails (twice, for EIO) the page stays in memory, unwritten, and the error is kept for the next
@@ -20,9 +20,13 @@ class Writer {
   Writer(std::unique_ptr<IoQueue> queue, std::string path);
   ~Writer();  // waits for what is in flight
 
-  // Assigns the page its place and queues it. Throws kNoSpace when the drive has no place; the page is then
-  // as before.
-  void add(const Ref<Page>& page);
+  // Assigns the page its place and queues it; once it is written it leaves memory, or stays there besides.
+  // Throws kNoSpace when the drive has no place; the page is then as before.
+  void add(const Ref<Page>& page) { add(page, After::kLeaves); }
+  void add_resident(const Ref<Page>& page) { add(page, After::kStays); }
+  // Queues a copy of the page at a place that is the caller's. The page knows nothing of it; nobody may
+  // change it before drain().
+  void add_image(const Ref<Page>& page, int64_t file_offset);
   // Starts what add() still holds back to coalesce it.
   void flush();
   // Frees the memory of pages whose write is done. wait: blocks until at least one request is done.
@@ -39,7 +43,11 @@ class Writer {
   std::vector<Ref<Page>> take_failed();
 
  private:
+  // What becomes of a page that is written.
+  enum class After : uint8_t { kLeaves, kStays, kIsImage };
+
   struct Batch {
+    After after = After::kLeaves;
     int64_t file_offset = 0;
     int64_t bytes = 0;
     int64_t page_bytes = 0;
@@ -48,6 +56,10 @@ class Writer {
     bool retried = false;
   };
 
+  void add(const Ref<Page>& page, After after);
+  void begin(int64_t file_offset, int64_t page_bytes, After after);
+  void push(const Ref<Page>& page);
+  void settle(Batch* request, int error);
   void submit(uint64_t tag);
 
   std::unique_ptr<IoQueue> queue_;

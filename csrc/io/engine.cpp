@@ -18,7 +18,7 @@ std::unique_ptr<IoEngine> make_io_engine(const std::string& name, int thread_cou
   if (name == "pread") return make_pread_engine(thread_count);
   if (name == "io_uring") {
 #ifdef CSD_HAVE_LIBURING
-    return make_uring_engine();
+    return make_uring_engine(thread_count);
 #else
     throw Error(ErrorKind::kStore,
                 "not in this build (liburing's headers were missing: install liburing-dev and build again)");

@@ -9,7 +9,8 @@ namespace csd {
 
 std::unique_ptr<IoEngine> make_pread_engine(int thread_count);
 #ifdef CSD_HAVE_LIBURING
-std::unique_ptr<IoEngine> make_uring_engine();
+// thread_count: of the pread engine that takes over when the kernel refuses io_uring in the middle of a run.
+std::unique_ptr<IoEngine> make_uring_engine(int thread_count);
 #endif
 
 }  // namespace csd

@@ -37,8 +37,10 @@ struct IoCompletion {
 
 class IoQueue {
  public:
-  virtual ~IoQueue() = default;  // waits for what is in flight: no buffer is touched afterwards
-  // At most depth() requests may be in flight. Starts the request now, or at the next reap at the latest.
+  virtual ~IoQueue() = default;  // waits for what is in flight: no buffer is touched afterwards (but see
+                                 // make_io_engine() for requests that never complete)
+  // At most depth() requests may be in flight. Starts the request now, or at the next reap at the latest. If
+  // it throws, the request is not in flight.
   virtual void submit(const IoRequest& request) = 0;
   // Appends finished requests to *completions. wait: blocks until there is at least one (requires in_flight()
   // > 0).
@@ -50,7 +52,11 @@ class IoQueue {
 class IoEngine {
  public:
   virtual ~IoEngine() = default;  // its queues are gone by then
+  // What carries requests out now: "io_uring" or "pread".
   virtual const char* name() const = 0;
+  // Why that is no longer what make_io_engine() was asked for, or null. The text lives as long as the engine.
+  // Any thread may ask, at the cost of reading an integer.
+  virtual const char* fallback_reason() const { return nullptr; }
   // buffers: memory the queue's requests will mostly use, registered with the kernel where that is possible
   // (a failure to register is not an error; requests outside of it work too). Throws kStore when a queue
   // cannot be made.
@@ -59,6 +65,12 @@ class IoEngine {
 
 // name: "io_uring" or "pread". Throws kStore with the reason (not compiled in, seccomp, sysctl) if it cannot
 // run here.
+//
+// Where the kernel refuses io_uring later (a seccomp filter that is installed after the engine was made), all
+// of the engine's queues go over to pread, for good: requests that the kernel has not taken move there, and
+// those it holds are awaited in the completion ring, which takes no call. If one of those has not completed
+// 60 s after its queue went over, its memory and its part of the file may still be touched at any time: it
+// stays in flight, and waiting for it throws kStore from then on.
 std::unique_ptr<IoEngine> make_io_engine(const std::string& name, int thread_count);
 
 // True when this build has liburing.
@@ -70,7 +82,7 @@ struct OpenedFile {
   bool direct_io = false;
   std::string engine;  // "io_uring" | "pread"
   std::string reason;  // one sentence: why this engine and why (not) direct, with errno text of what failed
-  std::string path;    // for error texts: the directory plus "/(scratch)"
+  std::string path;    // for error texts: the file's, or the directory plus "/(scratch)"
 };
 
 // Opens a scratch file in the directory that leaves nothing behind however the process ends (O_TMPFILE; else
@@ -79,6 +91,29 @@ struct OpenedFile {
 // explicit engine that does not work is an error. Throws kStore for a directory that is missing, not a
 // directory, not writable or full.
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine);
+
+enum class DurableMode : uint8_t {
+  kCreate,    // makes the file, mode 0600; it must not exist
+  kWrite,     // reads and writes one that exists
+  kReadOnly,  // only reads it, from a directory that cannot be written if need be
+};
+
+// Opens a file that outlives the process, but only a regular file of ours with one name that nobody else may
+// touch: no link, no FIFO, no device, owned by the effective user, nothing allowed to group and others. Every
+// refusal is kStore and says what was wanted, what it is and what to do.
+//
+// Engine and mode are found as for scratch files, in a scratch file beside it, since nothing may be written
+// here; where nothing can be written beside it either (read only, or a full drive), by reading its first
+// block, which a file that was made has (kCorrupt if not).
+OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode);
+
+// Returns when what was written to the file is on the drive, whatever happens to the machine then. After an
+// error all that was written since the last success must be written again: the kernel forgets what it could
+// not write, and a second call may succeed without it.
+void sync_data(int fd, const std::string& path);
+
+// The same for which files the directory has.
+void sync_directory(const std::string& path);
 
 struct ProbeResult {
   std::string directory;

@@ -1,4 +1,4 @@
-// Opening a drive's file, and finding out by doing it which engine and mode reach it.
+// Opening a drive's file, finding out by doing it which engine and mode reach it, and making it durable.
 
 #include <fcntl.h>
 #include <linux/magic.h>
@@ -8,11 +8,13 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <random>
 #include <string>
 
@@ -190,6 +192,20 @@ int set_direct(int fd, bool direct) {
   return fcntl(fd, F_SETFL, wanted) == 0 ? 0 : errno;
 }
 
+// The alignment that direct I/O on this file wants of offsets and memory, whichever is larger. 0: it has
+// none; -1: the kernel (before 6.1) or the file system does not say.
+int64_t direct_alignment_bytes(int fd) {
+  constexpr unsigned kStatxDioAlign = 0x2000;  // STATX_DIOALIGN, and where the kernel puts its two numbers:
+  constexpr size_t kMemoryAlignAt = 0x98;      // glibc's struct has no names for them before 2.38
+  struct statx info {};
+  static_assert(sizeof(info) >= kMemoryAlignAt + 2 * sizeof(uint32_t), "the kernel's struct statx");
+  if (statx(fd, "", AT_EMPTY_PATH, kStatxDioAlign, &info) != 0 || (info.stx_mask & kStatxDioAlign) == 0)
+    return -1;
+  uint32_t aligns[2];
+  std::memcpy(aligns, reinterpret_cast<const char*>(&info) + kMemoryAlignAt, sizeof(aligns));
+  return std::max(aligns[0], aligns[1]);
+}
+
 int move_block(IoQueue* queue, IoOp op, char* block) {
   const iovec segment{block, static_cast<size_t>(kBlockBytes)};
   IoRequest request;
@@ -202,40 +218,91 @@ int move_block(IoQueue* queue, IoOp op, char* block) {
   return completions.at(0).error;
 }
 
-// Writes one block at offset 0 through the engine and reads it back. "" when it came back as it was written,
-// else what went wrong. Throws kNoSpace: on a full drive no engine and no mode is any better.
-std::string try_block(int fd, IoEngine* engine, const std::string& directory) {
-  const BlockBuffer written = make_block(), read_back = make_block();
-  // Random, so that what an earlier attempt left in the file cannot pass for this one's.
-  std::random_device random;
-  for (int64_t i = 0; i < kBlockBytes; i += sizeof(uint32_t)) {
-    const uint32_t word = random();
-    std::memcpy(written.get() + i, &word, sizeof(word));
+// Something to do through an engine that shows whether it works, and what to call that when it did. run()
+// returns "" or what went wrong.
+struct Trial {
+  int fd;
+  const char* done;
+  std::function<std::string(IoEngine* engine)> run;
+};
+
+std::vector<iovec> as_buffers(const BlockBuffer& block) {
+  return {{block.get(), static_cast<size_t>(kBlockBytes)}};
+}
+
+// Writes one block at offset 0 and reads it back. Throws kNoSpace: on a full drive no engine and no mode is
+// any better.
+Trial write_trial(int fd, const std::string& directory) {
+  return {fd, "wrote and read back 4096 bytes", [fd, directory](IoEngine* engine) -> std::string {
+            const BlockBuffer written = make_block(), read_back = make_block();
+            // Random, so that what an earlier attempt left in the file cannot pass for this one's.
+            std::random_device random;
+            for (int64_t i = 0; i < kBlockBytes; i += sizeof(uint32_t)) {
+              const uint32_t word = random();
+              std::memcpy(written.get() + i, &word, sizeof(word));
+            }
+            std::memset(read_back.get(), 0, kBlockBytes);
+            std::vector<iovec> buffers = as_buffers(written);
+            buffers.push_back(as_buffers(read_back)[0]);
+            const std::unique_ptr<IoQueue> queue = engine->make_queue(fd, 1, buffers);
+            int error = move_block(queue.get(), IoOp::kWrite, written.get());
+            if (means_full(error)) throw full_error(directory, "writing the first 4096 bytes", error);
+            if (error != 0) return std::string("write failed: ") + std::strerror(error);
+            error = move_block(queue.get(), IoOp::kRead, read_back.get());
+            if (error != 0) return std::string("read-back failed: ") + std::strerror(error);
+            if (std::memcmp(written.get(), read_back.get(), kBlockBytes) != 0)
+              return "read back other bytes than written";
+            return "";
+          }};
+}
+
+// Reads the block at offset 0, which must be the one that a plain read brings.
+Trial read_trial(int fd, const std::string& path) {
+  const auto plain = std::make_shared<BlockBuffer>(make_block());
+  ssize_t bytes;
+  do {
+    bytes = pread(fd, plain->get(), static_cast<size_t>(kBlockBytes), 0);
+  } while (bytes < 0 && errno == EINTR);
+  if (bytes < 0) throw io_error(path, "reading the first 4096 bytes failed", errno);
+  if (bytes < kBlockBytes) {
+    throw Error(ErrorKind::kCorrupt, path + ": wanted a header of 4096 bytes, the file ends at byte " +
+                                         std::to_string(bytes) + "; it is no store's, or was cut off");
   }
-  std::memset(read_back.get(), 0, kBlockBytes);
-  const std::vector<iovec> buffers = {{written.get(), static_cast<size_t>(kBlockBytes)},
-                                      {read_back.get(), static_cast<size_t>(kBlockBytes)}};
-  const std::unique_ptr<IoQueue> queue = engine->make_queue(fd, 1, buffers);
-  int error = move_block(queue.get(), IoOp::kWrite, written.get());
-  if (means_full(error)) throw full_error(directory, "writing the first 4096 bytes", error);
-  if (error != 0) return std::string("write failed: ") + std::strerror(error);
-  error = move_block(queue.get(), IoOp::kRead, read_back.get());
-  if (error != 0) return std::string("read-back failed: ") + std::strerror(error);
-  if (std::memcmp(written.get(), read_back.get(), kBlockBytes) != 0)
-    return "read back other bytes than written";
+  return {fd, "read 4096 bytes", [fd, plain](IoEngine* engine) -> std::string {
+            const BlockBuffer block = make_block();
+            std::memset(block.get(), 0, kBlockBytes);
+            const std::unique_ptr<IoQueue> queue = engine->make_queue(fd, 1, as_buffers(block));
+            const int error = move_block(queue.get(), IoOp::kRead, block.get());
+            if (error != 0) return std::string("read failed: ") + std::strerror(error);
+            if (std::memcmp(block.get(), plain->get(), kBlockBytes) != 0)
+              return "read other bytes than a plain read";
+            return "";
+          }};
+}
+
+// Why direct I/O is not even tried on this file, or "".
+std::string direct_objection(int fd, const std::string& file_system) {
+  // Kernels from 6.6 on accept O_DIRECT here, but there is no drive below: saying "direct" would mislead.
+  if (file_system == "tmpfs" || file_system == "ramfs") return "not tried: files live in memory here";
+  const int64_t alignment = direct_alignment_bytes(fd);
+  if (alignment == 0) return "not tried: the file system has none for this file";
+  if (alignment > kBlockBytes) {
+    return "not tried: it wants everything aligned to " + std::to_string(alignment) +
+           " bytes, pages are aligned to " + std::to_string(kBlockBytes);
+  }
   return "";
 }
 
 // Why this file cannot be reached by this engine in this mode, or "".
-std::string try_way(int fd, IoEngine* engine, bool direct, const std::string& directory,
-                    const std::string& file_system) {
-  // Kernels from 6.6 on accept O_DIRECT here, but there is no drive below: saying "direct" would mislead.
-  if (direct && (file_system == "tmpfs" || file_system == "ramfs"))
-    return "not tried: files live in memory here";
-  const int error = set_direct(fd, direct);
+std::string try_way(const Trial& trial, IoEngine* engine, bool direct, const std::string& file_system) {
+  const std::string objection = direct ? direct_objection(trial.fd, file_system) : "";
+  if (!objection.empty()) return objection;
+  const int error = set_direct(trial.fd, direct);
   if (error != 0) return std::string("refused: ") + std::strerror(error);
   try {
-    return try_block(fd, engine, directory);
+    const std::string failure = trial.run(engine);
+    // An engine that had to fall back is not the one that is tried here, although the block came through.
+    return engine->fallback_reason() != nullptr ? engine->fallback_reason() : failure;
   } catch (const Error& refused) {
     if (refused.kind() == ErrorKind::kNoSpace) throw;
     return untagged(refused);
@@ -243,7 +310,7 @@ std::string try_way(int fd, IoEngine* engine, bool direct, const std::string& di
 }
 
 // Tries the ways in order of preference. Stops at the first that works unless all verdicts are wanted.
-OpenedFile choose_way(int fd, const std::string& directory, const std::string& io_engine,
+OpenedFile choose_way(const Trial& trial, const std::string& directory, const std::string& io_engine,
                       std::vector<std::string>* all_verdicts) {
   const std::string file_system = file_system_name(directory);
   OpenedFile chosen;
@@ -260,10 +327,9 @@ OpenedFile choose_way(int fd, const std::string& directory, const std::string& i
       failures += "; " + std::string(engine_name) + ": " + engine_failure;
     }
     for (const bool direct : {true, false}) {
-      const std::string failure =
-          engine ? try_way(fd, engine.get(), direct, directory, file_system) : engine_failure;
+      const std::string failure = engine ? try_way(trial, engine.get(), direct, file_system) : engine_failure;
       std::string verdict = std::string(engine_name) + (direct ? " with O_DIRECT: " : " with buffered I/O: ");
-      verdict += failure.empty() ? "wrote and read back " + std::to_string(kBlockBytes) + " bytes" : failure;
+      verdict += failure.empty() ? trial.done : failure;
       if (engine) verdict += " (" + file_system + ")";
       if (all_verdicts != nullptr) all_verdicts->push_back(verdict);
       if (failure.empty() && chosen.engine.empty()) {
@@ -278,7 +344,7 @@ OpenedFile choose_way(int fd, const std::string& directory, const std::string& i
   if (chosen.engine.empty()) {
     const std::string advice = io_engine == "auto" ? "" : "; try io_engine=\"auto\"";
     throw Error(ErrorKind::kStore,
-                directory + ": wanted to write and read back one block here" + failures + advice);
+                directory + ": wanted to move one block to or from a file here" + failures + advice);
   }
   return chosen;
 }
@@ -290,15 +356,157 @@ void check_engine_name(const std::string& io_engine) {
   }
 }
 
+// ---- files that outlive the process ----
+
+std::string parent_directory(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+std::string octal(mode_t mode) {
+  char text[8];
+  std::snprintf(text, sizeof(text), "%04o", static_cast<unsigned>(mode & 07777));
+  return text;
+}
+
+std::string kind_name(mode_t mode) {
+  if (S_ISLNK(mode)) return "a symbolic link";
+  if (S_ISDIR(mode)) return "a directory";
+  if (S_ISFIFO(mode)) return "a FIFO";
+  if (S_ISSOCK(mode)) return "a socket";
+  if (S_ISCHR(mode) || S_ISBLK(mode)) return "a device";
+  return "something else";
+}
+
+// Throws for anything but a file that is ours alone.
+void check_private(const std::string& path, const struct stat& info) {
+  std::string wrong;
+  if (!S_ISREG(info.st_mode)) {
+    wrong = "wanted a regular file, this is " + kind_name(info.st_mode) +
+            "; it was not made by a store: remove it, or name another directory";
+  } else if (info.st_uid != geteuid()) {
+    wrong = "wanted a file of user " + std::to_string(geteuid()) + ", this belongs to user " +
+            std::to_string(info.st_uid) + "; run as that user, or change its owner";
+  } else if ((info.st_mode & 077) != 0) {
+    wrong = "wanted a file that only its owner may touch (0600), this has " + octal(info.st_mode) +
+            "; chmod it to 600 if nobody else can have changed it";
+  } else if (info.st_nlink != 1) {
+    wrong = "wanted a file with one name, this has " + std::to_string(info.st_nlink) +
+            " hard links; remove the others";
+  }
+  if (!wrong.empty()) throw Error(ErrorKind::kStore, path + ": " + wrong);
+}
+
+Error private_open_error(const std::string& path, DurableMode mode, int errno_value) {
+  const std::string wanted = mode == DurableMode::kCreate  ? "creating a file"
+                             : mode == DurableMode::kWrite ? "opening the file to write"
+                                                           : "opening the file to read";
+  if (means_full(errno_value)) return full_error(parent_directory(path), wanted, errno_value);
+  std::string advice;
+  if (errno_value == ENOENT) advice = "; create a store here first, or name another directory";
+  if (errno_value == EEXIST) advice = "; open that one, or remove it";
+  if (errno_value == EROFS) advice = "; open it to read only";
+  if (errno_value == ELOOP) advice = "; wanted a regular file, this is a symbolic link";
+  if (errno_value == EACCES || errno_value == EPERM) {
+    advice = "; let user " + std::to_string(geteuid()) + " read" +
+             (mode == DurableMode::kReadOnly ? "" : " and write") + " it, or run as its owner";
+  }
+  return Error(ErrorKind::kStore, path + ": " + wanted + ": " + std::strerror(errno_value) + advice);
+}
+
+int open_private(const std::string& path, DurableMode mode) {
+  // Without blocking on a FIFO, or becoming the owner of a terminal.
+  constexpr int kSafe = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY;
+  struct stat info;
+  if (mode == DurableMode::kCreate) {
+    UniqueFd fd(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | kSafe, 0600));
+    if (fd.get() < 0) throw private_open_error(path, mode, errno);
+    try {
+      if (fchmod(fd.get(), 0600) != 0)
+        throw io_error(path, "setting its permissions", errno);  // a strange umask
+      if (fstat(fd.get(), &info) != 0) throw io_error(path, "looking at the file", errno);
+      check_private(path, info);  // a file system may not know of owners and permissions
+    } catch (const Error&) {
+      unlink(path.c_str());
+      throw;
+    }
+    if (fcntl(fd.get(), F_SETFL, 0) != 0) throw io_error(path, "clearing O_NONBLOCK", errno);
+    return fd.release();
+  }
+  // Looked at first, since opening a device may do something; and again, since it may be another one by then.
+  if (lstat(path.c_str(), &info) != 0) throw private_open_error(path, mode, errno);
+  check_private(path, info);
+  UniqueFd fd(open(path.c_str(), (mode == DurableMode::kWrite ? O_RDWR : O_RDONLY) | kSafe));
+  if (fd.get() < 0) throw private_open_error(path, mode, errno);
+  if (fstat(fd.get(), &info) != 0) throw io_error(path, "looking at the file", errno);
+  check_private(path, info);
+  if (fcntl(fd.get(), F_SETFL, 0) != 0) throw io_error(path, "clearing O_NONBLOCK", errno);
+  return fd.release();
+}
+
+OpenedFile choose_beside(const std::string& directory, const std::string& io_engine) {
+  UniqueFd scratch(open_nameless(directory));
+  Trial trial = write_trial(scratch.get(), directory);
+  trial.done = "wrote and read back 4096 bytes beside it";
+  return choose_way(trial, directory, io_engine, nullptr);
+}
+
 }  // namespace
 
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine) {
   check_engine_name(io_engine);
   check_directory(directory);
   UniqueFd fd(open_nameless(directory));
-  OpenedFile file = choose_way(fd.get(), directory, io_engine, nullptr);
+  OpenedFile file = choose_way(write_trial(fd.get(), directory), directory, io_engine, nullptr);
   file.fd = fd.release();
   return file;
+}
+
+OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode) {
+  check_engine_name(io_engine);
+  const std::string directory = parent_directory(path);
+  check_directory(directory);
+  OpenedFile file;
+  bool known = false;
+  if (mode == DurableMode::kCreate) {
+    // Before there is a file that a failure would leave behind.
+    file = choose_beside(directory, io_engine);
+    known = true;
+  }
+  UniqueFd fd(open_private(path, mode));
+  if (mode == DurableMode::kWrite) {
+    try {
+      file = choose_beside(directory, io_engine);
+      known = true;
+    } catch (const Error& refused) {
+      // A store on a full drive can be read, and made smaller.
+      if (refused.kind() != ErrorKind::kNoSpace) throw;
+    }
+  }
+  if (!known) file = choose_way(read_trial(fd.get(), path), directory, io_engine, nullptr);
+  const int error = set_direct(fd.get(), file.direct_io);
+  if (error != 0) throw io_error(path, "setting O_DIRECT, which a file beside it takes, failed", error);
+  file.fd = fd.release();
+  file.path = path;
+  return file;
+}
+
+void sync_data(int fd, const std::string& path) {
+  while (fdatasync(fd) != 0) {
+    if (errno != EINTR)
+      throw io_error(path, "fdatasync failed: what was written since the last may be lost", errno);
+  }
+}
+
+void sync_directory(const std::string& path) {
+  UniqueFd fd(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (fd.get() < 0) throw io_error(path, "opening the directory to make it durable failed", errno);
+  while (fsync(fd.get()) != 0) {
+    // EINVAL: a file system that has nothing to do for a directory.
+    if (errno == EINVAL) return;
+    if (errno != EINTR) throw io_error(path, "fsync of the directory failed", errno);
+  }
 }
 
 ProbeResult probe_directory(const std::string& directory, const std::string& io_engine) {
@@ -309,7 +517,7 @@ ProbeResult probe_directory(const std::string& directory, const std::string& io_
   result.directory = directory;
   result.file_system = file_system_name(directory);
   result.device = device_text(directory);
-  result.chosen = choose_way(fd.get(), directory, io_engine, &result.verdicts);
+  result.chosen = choose_way(write_trial(fd.get(), directory), directory, io_engine, &result.verdicts);
   return result;
 }
 

@@ -31,6 +31,7 @@ class Transfer {
   void start(const IoRequest& request, int64_t alignment_bytes) {
     op_ = request.op;
     tag_ = request.tag;
+    background_ = request.background;
     file_offset_ = request.file_offset;
     alignment_bytes_ = alignment_bytes;
     segments_.assign(request.segments, request.segments + request.segment_count);
@@ -50,6 +51,18 @@ class Transfer {
   // The kernel takes IOV_MAX segments at once; the others follow as after a short transfer.
   int segment_count() const {
     return static_cast<int>(std::min<size_t>(segments_.size() - first_segment_, IOV_MAX));
+  }
+
+  // What is left of the request, for another queue: valid while this is neither started anew nor advanced.
+  IoRequest rest() const {
+    IoRequest request;
+    request.op = op_;
+    request.file_offset = file_offset_;
+    request.segments = segments();
+    request.segment_count = static_cast<int>(segments_.size() - first_segment_);
+    request.tag = tag_;
+    request.background = background_;
+    return request;
   }
 
   // result: bytes moved by the last call, or a negative errno value.
@@ -102,6 +115,7 @@ class Transfer {
 
   IoOp op_ = IoOp::kRead;
   uint64_t tag_ = 0;
+  bool background_ = false;
   int error_ = 0;
   int64_t file_offset_ = 0;
   int64_t alignment_bytes_ = 1;

@@ -55,10 +55,58 @@ void FileSpace::release(int64_t offset, int64_t bytes) {
   free_[offset] = bytes;
 }
 
+void FileSpace::adopt(const std::vector<PageRun>& used, int64_t file_bytes) {
+  int64_t end = kDataOffset;
+  for (const PageRun& run : used) {
+    if (run.file_offset > end) free_[end] = run.file_offset - end;
+    end = run.file_offset + run.page_bytes * run.page_count;
+  }
+  CSD_CHECK(end <= std::max(file_bytes, kDataOffset), "pages beyond the end of the file");
+  end_ = end;
+  reserved_ = std::max(file_bytes, kDataOffset);
+}
+
+int64_t FileSpace::shrink() {
+  const int64_t surplus = reserved_ - end_;
+  if (surplus == 0) return 0;
+  int error;
+  do {
+    error = ftruncate(fd_, end_) == 0 ? 0 : errno;
+  } while (error == EINTR);
+  if (error != 0) throw io_error(path_, "cutting the file to " + std::to_string(end_) + " bytes", error);
+  reserved_ = end_;
+  return surplus;
+}
+
+int64_t FileSpace::free_bytes() const {
+  int64_t bytes = reserved_ - end_;
+  for (const FreeSpan& span : free_) bytes += span.second;
+  return bytes;
+}
+
+int64_t FileSpace::growth_bytes() const {
+  const int64_t available = available_bytes();
+  const int64_t allowed = bytes_max_ == 0 ? available : std::max<int64_t>(0, bytes_max_ - reserved_);
+  return available < 0 ? allowed : std::min(available, allowed);
+}
+
+// Of the file system, for us; -1: it does not say.
+int64_t FileSpace::available_bytes() const {
+  struct statvfs stats {};
+  if (fstatvfs(fd_, &stats) != 0) return -1;
+  return static_cast<int64_t>(stats.f_bavail) * static_cast<int64_t>(stats.f_frsize);
+}
+
 void FileSpace::reserve(int64_t end) {
+  if (bytes_max_ > 0 && end > bytes_max_) {
+    throw Error(ErrorKind::kNoSpace, path_ + ": the file may take max_bytes=" + std::to_string(bytes_max_) +
+                                         " and would need " + std::to_string(end) +
+                                         "; free sequences or layers, or raise max_bytes");
+  }
   // Grow by a quarter, so that a large file grows in few steps and a small one does not take much more than
   // it needs.
-  const int64_t growth = std::min(kGrowthBytesMax, round_up(reserved_ / 4, kDataOffset));
+  int64_t growth = std::min(kGrowthBytesMax, round_up(reserved_ / 4, kDataOffset));
+  if (bytes_max_ > 0) growth = std::min(growth, bytes_max_ - reserved_);
   int error = 0;
   for (const int64_t target : {std::max(end, reserved_ + growth), end}) {
     do {
@@ -70,13 +118,9 @@ void FileSpace::reserve(int64_t end) {
       return;
     }
   }
-  struct statvfs stats {};
-  const int64_t available = fstatvfs(fd_, &stats) == 0
-                                ? static_cast<int64_t>(stats.f_bavail) * static_cast<int64_t>(stats.f_frsize)
-                                : -1;
   throw io_error(path_,
                  "growing the file from " + std::to_string(reserved_) + " to " + std::to_string(end) +
-                     " bytes (free on the device: " + std::to_string(available) +
+                     " bytes (free on the device: " + std::to_string(available_bytes()) +
                      "); free some space or choose another directory",
                  error);
 }

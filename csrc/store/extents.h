@@ -6,21 +6,25 @@
 #include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/memory_pool.h"
 #include "base/ref.h"
 #include "base/types.h"
+#include "store/format.h"
+#include "store/table.h"
 
 namespace csd {
 
-// The first byte that pages may use; before it lies the header (FORMAT.md).
-constexpr int64_t kDataOffset = int64_t{1} << 20;
-
 class FileSpace {
  public:
-  // pool: for what is known about the space; outlives it.
-  FileSpace(int fd, std::string path, MemoryPool* pool)
-      : fd_(fd), path_(std::move(path)), pool_(pool), free_(PoolAllocator<FreeSpan>(pool)) {}
+  // pool: for what is known about the space; outlives it. bytes_max: what the file may take, 0: any.
+  FileSpace(int fd, std::string path, int64_t bytes_max, MemoryPool* pool)
+      : fd_(fd),
+        path_(std::move(path)),
+        bytes_max_(bytes_max),
+        pool_(pool),
+        free_(PoolAllocator<FreeSpan>(pool)) {}
 
   MemoryPool* pool() const { return pool_; }
 
@@ -29,15 +33,26 @@ class FileSpace {
   int64_t allocate(int64_t bytes);
   void release(int64_t offset, int64_t bytes);
 
+  // What a file of so many bytes has in use already: adjacent or apart, by offset. Before anything else.
+  void adopt(const std::vector<PageRun>& used, int64_t file_bytes);
+  // Gives the file's unused end back to the file system. Returns its bytes. Throws kStore.
+  int64_t shrink();
+
   int64_t file_bytes() const { return reserved_; }  // space the file takes on the drive
+  int64_t free_bytes() const;                       // of it, in use by nobody
+  // By which the file can still grow: what bytes_max and the file system leave.
+  int64_t growth_bytes() const;
+  int64_t bytes_max() const { return bytes_max_; }
 
  private:
   void reserve(int64_t end);
+  int64_t available_bytes() const;
 
   using FreeSpan = std::pair<const int64_t, int64_t>;  // offset, bytes
 
   const int fd_;
   const std::string path_;
+  const int64_t bytes_max_;
   MemoryPool* const pool_;
   int64_t end_ = kDataOffset;       // allocated or freed up to here
   int64_t reserved_ = kDataOffset;  // file size
@@ -53,11 +68,20 @@ class Extent : public Counted {
         page_count_(static_cast<int32_t>(page_count)),
         space_(space),
         offset_(space->allocate(page_bytes * page_count)) {}
-  ~Extent() { space_->release(offset_, int64_t{page_bytes_} * page_count_); }
+  // One that the space has adopted, and that is full.
+  Extent(FileSpace* space, const PageRun& run)
+      : page_bytes_(static_cast<int32_t>(run.page_bytes)),
+        page_count_(static_cast<int32_t>(run.page_count)),
+        next_(page_count_),
+        space_(space),
+        offset_(run.file_offset) {}
+  ~Extent() { space_->release(offset_, bytes()); }
 
   MemoryPool* pool() const { return space_->pool(); }
   bool full() const { return next_ == page_count_; }
   int64_t take() { return offset_ + int64_t{page_bytes_} * next_++; }
+  int64_t file_offset() const { return offset_; }
+  int64_t bytes() const { return int64_t{page_bytes_} * page_count_; }
 
  private:
   const int32_t page_bytes_;

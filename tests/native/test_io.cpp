@@ -18,7 +18,9 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/vfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #ifdef CSD_HAVE_LIBURING
 #include <liburing.h>
@@ -111,17 +113,67 @@ extern "C" ssize_t pwritev(int fd, const iovec* segments, int count, off_t offse
   return faulty_call(SYS_pwritev, fd, segments, count, offset);
 }
 
+// What fdatasync and fsync fail with, once each; and what statx says of direct I/O, if anything else than the
+// kernel.
+static std::atomic<int> sync_error{0};
+static std::atomic<int> sync_calls{0};
+static std::atomic<uint32_t> told_alignment{0xffffffff};
+
+static int faulty_sync(long number, int fd) {
+  sync_calls++;
+  const int injected = sync_error.exchange(0);
+  if (injected == 0) return static_cast<int>(syscall(number, fd));
+  errno = injected;
+  return -1;
+}
+
+extern "C" int fdatasync(int fd) { return faulty_sync(SYS_fdatasync, fd); }
+extern "C" int fsync(int fd) { return faulty_sync(SYS_fsync, fd); }
+
+extern "C" int statx(int fd, const char* path, int flags, unsigned mask, struct statx* info) {
+  const int result = static_cast<int>(syscall(SYS_statx, fd, path, flags, mask, info));
+  if (result == 0 && told_alignment != 0xffffffff) {
+    info->stx_mask |= 0x2000;
+    const uint32_t aligns[2] = {512, told_alignment};
+    std::memcpy(reinterpret_cast<char*>(info) + 0x98, aligns, sizeof(aligns));
+  }
+  return result;
+}
+
 static std::atomic<bool> refuse_rings{false};
 
+// What time has passed that nobody waited for.
+static std::atomic<int64_t> clock_ahead_s{0};
+
+extern "C" int clock_gettime(clockid_t clock, timespec* now) {
+  const int result = static_cast<int>(syscall(SYS_clock_gettime, clock, now));
+  if (clock == CLOCK_MONOTONIC) now->tv_sec += clock_ahead_s;
+  return result;
+}
+
 #ifdef CSD_HAVE_LIBURING
-// A read from this says EAGAIN.
-static int empty_socket() {
-  static const int socket = [] {
-    int pair[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    return pair[0];
-  }();
-  return socket;
+// A read from the first says EAGAIN, until something is sent to the second.
+static const int* empty_sockets() {
+  static int pair[2];
+  static const bool made = socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0;
+  CHECK(made);
+  return pair;
+}
+
+// io_uring_enter fails with this error once so many calls were let through: what a seccomp filter does that
+// is installed in the middle of a run. -1: never.
+static std::atomic<int> enter_error{EPERM};
+static std::atomic<int64_t> enters_left{-1};
+static std::atomic<int64_t> enters_refused{0};
+
+static bool refuses_enter() {
+  if (enters_left < 0) return false;
+  if (enters_left > 0) {
+    enters_left--;
+    return false;
+  }
+  enters_refused++;
+  return true;
 }
 
 // The kernel answers a shorter READ_FIXED or WRITE_FIXED as it would a short transfer: in whole blocks here,
@@ -130,19 +182,26 @@ static int empty_socket() {
 extern "C" int io_uring_submit(io_uring* ring) {
   static const auto real = reinterpret_cast<int (*)(io_uring*)>(dlsym(RTLD_NEXT, "io_uring_submit"));
   static char received;
+  if (refuses_enter()) return -enter_error;
   for (unsigned i = ring->sq.sqe_head; i != ring->sq.sqe_tail; i++) {
     io_uring_sqe* sqe = &ring->sq.sqes[i & *ring->sq.kring_mask];
     const int injected = sqe->opcode == IORING_OP_ASYNC_CANCEL ? 0 : next_fault();
     const bool fixed = sqe->opcode == IORING_OP_READ_FIXED || sqe->opcode == IORING_OP_WRITE_FIXED;
     if (injected > 0 || injected == kLostRequest) {
       const uint64_t user_data = sqe->user_data;
-      io_uring_prep_recv(sqe, empty_socket(), &received, 1, injected > 0 ? MSG_DONTWAIT : 0);
+      io_uring_prep_recv(sqe, empty_sockets()[0], &received, 1, injected > 0 ? MSG_DONTWAIT : 0);
       sqe->user_data = user_data;
     } else if (injected < 0 && fixed && sqe->len >= 2 * kBlockBytes) {
       sqe->len = static_cast<unsigned>(sqe->len / 2 / kBlockBytes * kBlockBytes);
     }
   }
   return real(ring);
+}
+
+extern "C" int io_uring_wait_cqe_timeout(io_uring* ring, io_uring_cqe** cqe, __kernel_timespec* timeout) {
+  static const auto real = reinterpret_cast<int (*)(io_uring*, io_uring_cqe**, __kernel_timespec*)>(
+      dlsym(RTLD_NEXT, "io_uring_wait_cqe_timeout"));
+  return refuses_enter() ? -enter_error : real(ring, cqe, timeout);
 }
 
 extern "C" int io_uring_queue_init(unsigned entries, io_uring* ring, unsigned flags) {
@@ -233,6 +292,23 @@ static int entry_count(const std::string& directory) {
   while (readdir(dir) != nullptr) count++;
   closedir(dir);
   return count;
+}
+
+static std::string file_of(const std::string& directory, const std::string& name, const std::string& bytes) {
+  const std::string path = directory + "/" + name;
+  const int fd = open(path.c_str(), O_CREAT | O_WRONLY | O_TRUNC, 0600);
+  CHECK(fd >= 0 && write(fd, bytes.data(), bytes.size()) == static_cast<ssize_t>(bytes.size()));
+  close(fd);
+  return path;
+}
+
+static std::string bytes_of(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY);
+  CHECK(fd >= 0);
+  std::string bytes(1 << 16, 0);
+  bytes.resize(static_cast<size_t>(read(fd, bytes.data(), bytes.size())));
+  close(fd);
+  return bytes;
 }
 
 // ---- one request's bookkeeping
@@ -492,6 +568,201 @@ static void test_lost_requests_are_asked_for_again(const Case& c) {
   CHECK(faults_injected == kLostRequests);
 }
 
+// ---- io_uring refused in the middle of a run
+// -------------------------------------------------------------------
+
+#ifdef CSD_HAVE_LIBURING
+static void allow_enter() {
+  enters_left = -1;
+  enters_refused = 0;
+  enter_error = EPERM;
+}
+
+// Whichever call is the first that the kernel refuses, a submission or a wait, of whole requests or the rest
+// of one: nothing is lost, and nothing moves twice to another place.
+static void test_refused_in_the_middle(const Case& c) {
+  for (const Fault beside : {Fault::kNone, Fault::kMixed}) {
+    for (const int64_t calls : {0, 1, 2, 5, 8, 20, 47}) {
+      enter_error = calls % 2 == 0 ? EPERM : EBADF;
+      enters_left = calls;
+      fault = beside;
+      test_random_writes_then_reads(c, 20);
+      fault = Fault::kNone;
+      CHECK(enters_refused > 0);
+      allow_enter();
+    }
+  }
+}
+
+// One queue is refused: the others of its engine, and those it makes later, ask io_uring for nothing more.
+static void test_all_queues_go_over_to_pread(const Case& c) {
+  constexpr int kDepth = 4;
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(2 * kDepth * kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 2);
+  CHECK(std::string(engine->name()) == "io_uring" && engine->fallback_reason() == nullptr);
+  fill_expected(buffer.data(), 0, 2 * kDepth * kBlockBytes);
+  CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {buffer.all()}) == 0);
+  std::memset(buffer.data(), 0, 2 * kDepth * kBlockBytes);
+
+  std::vector<iovec> blocks;
+  for (int i = 0; i < 2 * kDepth; i++)
+    blocks.push_back({buffer.data() + i * kBlockBytes, static_cast<size_t>(kBlockBytes)});
+  const auto queue = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  const auto other = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  const auto submit = [&](IoQueue* to, int block) {
+    IoRequest request;
+    request.file_offset = block * kBlockBytes;
+    request.segments = &blocks[static_cast<size_t>(block)];
+    request.segment_count = 1;
+    request.tag = static_cast<uint64_t>(block);
+    to->submit(request);
+  };
+  const auto reap_all = [&](IoQueue* from, int count, int first) {
+    std::vector<IoCompletion> done;
+    while (from->in_flight() > 0) from->reap(true, &done);
+    CHECK(static_cast<int>(done.size()) == count);
+    uint64_t seen = 0;
+    for (const IoCompletion& completion : done) {
+      CHECK(completion.error == 0);
+      seen |= uint64_t{1} << completion.tag;
+    }
+    CHECK(seen == ((uint64_t{1} << count) - 1) << first);
+    CHECK(is_expected(buffer.data() + first * kBlockBytes, first * kBlockBytes, count * kBlockBytes));
+    std::memset(buffer.data() + first * kBlockBytes, 0, static_cast<size_t>(count * kBlockBytes));
+  };
+  for (int i = 0; i < kDepth; i++) submit(other.get(), kDepth + i);  // the kernel has these
+  submit(queue.get(), 0);
+  enters_left = 0;
+  for (int i = 1; i < kDepth; i++) submit(queue.get(), i);  // and none of these
+  CHECK(queue->in_flight() == kDepth);
+  CHECK(throws(ErrorKind::kInternal, "depth()", [&] { submit(queue.get(), 0); }));
+  reap_all(queue.get(), kDepth, 0);
+  CHECK(std::string(engine->name()) == "pread");
+  CHECK(std::strstr(engine->fallback_reason(), "io_uring_enter") != nullptr);
+  CHECK(std::strstr(engine->fallback_reason(), "Operation not permitted") != nullptr);
+  const int64_t refused = enters_refused;
+  reap_all(other.get(), kDepth, kDepth);
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < kDepth; i++) submit(other.get(), kDepth + i);
+    CHECK(throws(ErrorKind::kInternal, "depth()", [&] { submit(other.get(), 0); }));
+    std::vector<IoCompletion> none;
+    CHECK(other->in_flight() == kDepth && other->depth() == kDepth);
+    reap_all(other.get(), kDepth, kDepth);
+    CHECK(throws(ErrorKind::kInternal, "nothing in flight", [&] { other->reap(true, &none); }));
+  }
+  const auto later = engine->make_queue(fd, kDepth, named(c, {buffer.all()}));
+  submit(later.get(), 2);
+  reap_all(later.get(), 1, 2);
+  CHECK(enters_refused == refused);
+  allow_enter();
+  close(fd);
+}
+
+// A queue that is destroyed while the kernel refuses to be asked still waits for what the kernel holds.
+static void test_destructor_waits_although_refused(const Case& c) {
+  const auto starts_refusing = [&](int64_t calls) {
+    enters_left = calls;
+    test_destructor_waits(c);
+    CHECK(enters_refused > 0);
+    allow_enter();
+  };
+  starts_refusing(1 + 8);  // the first write, then one queue's submissions: its destructor is refused
+  starts_refusing(1 + 4);
+}
+
+static void test_endless_refusal_goes_over_to_pread(const Case& c) {
+  const int fd = open_file(c.directory, c.direct);
+  Buffer block(kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 1);
+  const auto queue = engine->make_queue(fd, 1, {});
+  enter_error = EAGAIN;
+  enters_left = 0;
+  CHECK(carry_out(queue.get(), IoOp::kWrite, 0, {block.all()}) == 0);
+  CHECK(std::strstr(engine->fallback_reason(), "for one second") != nullptr);
+  allow_enter();
+  close(fd);
+}
+
+static void test_refused_rings_in_the_middle(const Case& c) {
+  const int fd = open_file(c.directory, c.direct);
+  Buffer block(kBlockBytes);
+  const auto engine = make_io_engine(c.engine, 1);
+  const auto queue = engine->make_queue(fd, 1, {});
+  refuse_rings = true;
+  CHECK(carry_out(engine->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0, {block.all()}) == 0);
+  refuse_rings = false;
+  CHECK(std::strstr(engine->fallback_reason(), "io_uring_setup: Operation not permitted") != nullptr);
+  CHECK(carry_out(queue.get(), IoOp::kRead, 0, {block.all()}) == 0);
+  close(fd);
+}
+
+// A request that the kernel holds when it refuses to be asked: taken to its end when it comes back, and never
+// reported, so that nobody uses its memory, when it does not.
+static void test_requests_held_when_refused(const Case& c) {
+  if (!c.direct) return;  // a byte from the socket is one too few there, not the whole block again
+  const int fd = open_file(c.directory, c.direct);
+  Buffer buffer(2 * kBlockBytes);
+  const iovec whole = buffer.all();
+  const iovec second{buffer.data() + kBlockBytes, static_cast<size_t>(kBlockBytes)};
+  fill_expected(buffer.data(), 0, 2 * kBlockBytes);
+  {
+    const auto engine = make_io_engine(c.engine, 1);
+    const auto queue = engine->make_queue(fd, 2, {});
+    CHECK(carry_out(queue.get(), IoOp::kWrite, 0, {whole}) == 0);
+    std::memset(buffer.data(), 0, 2 * kBlockBytes);
+    fault = Fault::kLost;
+    faults_injected = kLostRequests - 1;
+    queue->submit(make_request(IoOp::kRead, 0, {whole}, 7));
+    fault = Fault::kNone;
+    enters_left = 0;
+    std::thread sender([] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      CHECK(send(empty_sockets()[1], "x", 1, 0) == 1);
+    });
+    std::vector<IoCompletion> done;
+    queue->reap(true, &done);
+    sender.join();
+    CHECK(done.size() == 1 && done[0].tag == 7 && done[0].error == 0 && queue->in_flight() == 0);
+    CHECK(is_expected(buffer.data(), 0, 2 * kBlockBytes));
+    allow_enter();
+  }
+  {
+    const auto engine = make_io_engine(c.engine, 1);
+    auto queue = engine->make_queue(fd, 2, {});
+    fault = Fault::kLost;
+    faults_injected = kLostRequests - 1;
+    const std::vector<iovec> lost = {{buffer.data(), static_cast<size_t>(kBlockBytes)}};
+    queue->submit(make_request(IoOp::kRead, 0, lost, 8));
+    fault = Fault::kNone;
+    enters_left = 0;
+    std::thread later([] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      clock_ahead_s = 61;
+    });
+    std::vector<IoCompletion> done;
+    CHECK(throws(ErrorKind::kStore, "1 requests did not complete within 60 s",
+                 [&] { queue->reap(true, &done); }));
+    later.join();
+    CHECK(queue->in_flight() == 1 && done.empty());
+    CHECK(throws(ErrorKind::kStore, "did not complete", [&] { queue->reap(true, &done); }));
+    // The rest of the queue goes on.
+    const std::vector<iovec> another = {second};
+    queue->submit(make_request(IoOp::kRead, kBlockBytes, another, 9));
+    queue->reap(true, &done);
+    CHECK(done.size() == 1 && done[0].tag == 9 && done[0].error == 0 && queue->in_flight() == 1);
+    queue->reap(false, &done);
+    CHECK(done.size() == 1);
+    const auto start = std::chrono::steady_clock::now();
+    queue.reset();  // does not wait for it again
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+  }
+  clock_ahead_s = 0;
+  allow_enter();
+  close(fd);
+}
+#endif
+
 // Two queues of one engine, each made here and used in a thread of its own; then one queue that changes
 // threads.
 static void test_threads(const Case& c) {
@@ -581,6 +852,16 @@ static void test_refused_rings(const std::string& directory) {
   CHECK(file.engine == "pread" && file.reason.find("Operation not permitted") != std::string::npos);
   close(file.fd);
   refuse_rings = false;
+#ifdef CSD_HAVE_LIBURING
+  // A ring may be had, but not used: pread moves the block, and must not be taken for io_uring.
+  enters_left = 0;
+  CHECK(throws(ErrorKind::kStore, "io_uring_enter", [&] { open_scratch_file(directory, "io_uring"); }));
+  const OpenedFile without = open_scratch_file(directory, "auto");
+  std::printf("  %s\n", without.reason.c_str());
+  CHECK(without.engine == "pread" && without.reason.find("io_uring_enter") != std::string::npos);
+  close(without.fd);
+  allow_enter();
+#endif
 }
 
 static void test_bad_directories(const std::string& directory) {
@@ -624,10 +905,240 @@ static void test_full_and_read_only(const std::string& directory) {
     CHECK(throws(ErrorKind::kNoSpace, "0 bytes free", [&] { open_scratch_file(small, "auto"); }));
     close(fd);
   }
+  {  // What is there can be opened all the same.
+    const std::string path = file_of(small, "pages", std::string(kBlockBytes, 'x'));
+    const int fd = open_file(small, false);
+    Buffer buffer(2 << 20);
+    CHECK(carry_out(make_io_engine("pread", 1)->make_queue(fd, 1, {}).get(), IoOp::kWrite, 0,
+                    {buffer.all()}) == ENOSPC);
+    for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kReadOnly}) {
+      const OpenedFile file = open_durable_file(path, "auto", mode);
+      CHECK(file.reason.find("read 4096 bytes") != std::string::npos);
+      close(file.fd);
+    }
+    CHECK(throws(ErrorKind::kNoSpace, "0 bytes free",
+                 [&] { open_durable_file(small + "/new", "auto", DurableMode::kCreate); }));
+    CHECK(access((small + "/new").c_str(), F_OK) != 0);
+    close(fd);
+  }
   CHECK(mount(nullptr, small.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0);
   CHECK(throws(ErrorKind::kStore, "Read-only file system", [&] { open_scratch_file(small, "auto"); }));
+  close(open_durable_file(small + "/pages", "auto", DurableMode::kReadOnly).fd);
+  CHECK(throws(ErrorKind::kStore, "Read-only file system; open it to read only",
+               [&] { open_durable_file(small + "/pages", "auto", DurableMode::kWrite); }));
   CHECK(umount(small.c_str()) == 0);
   rmdir(small.c_str());
+}
+
+// ---- durable files
+// ---------------------------------------------------------------------------------------------
+
+static void test_durable_files(const std::string& directory, const std::string& engine, bool wants_direct) {
+  const std::string path = directory + "/pages";
+  const int entries_before = entry_count(directory);
+  const mode_t mask = umask(0777);  // even so its owner may use it
+  const OpenedFile made = open_durable_file(path, engine, DurableMode::kCreate);
+  umask(mask);
+  std::printf("  %s\n", made.reason.c_str());
+  const auto is_right = [&](const OpenedFile& file, int access) {
+    const int flags = fcntl(file.fd, F_GETFL);
+    CHECK((flags & O_ACCMODE) == access && (flags & O_NONBLOCK) == 0 &&
+          ((flags & O_DIRECT) != 0) == wants_direct);
+    CHECK((fcntl(file.fd, F_GETFD) & FD_CLOEXEC) != 0);
+    CHECK(file.path == path && file.direct_io == wants_direct && file.reason.find(file.engine) == 0);
+    CHECK(engine == "auto" || engine == file.engine);
+  };
+  is_right(made, O_RDWR);
+  struct stat info;
+  CHECK(fstat(made.fd, &info) == 0 && info.st_nlink == 1 && info.st_size == 0 &&
+        (info.st_mode & 0777) == 0600);
+  CHECK(entry_count(directory) == entries_before + 1);
+  CHECK(throws(ErrorKind::kStore, "File exists; open that one",
+               [&] { open_durable_file(path, engine, DurableMode::kCreate); }));
+  CHECK(throws(ErrorKind::kCorrupt, "ends at byte 0",
+               [&] { open_durable_file(path, engine, DurableMode::kReadOnly); }));
+
+  // What it holds is not touched by opening it, and can be reached.
+  Buffer block(kBlockBytes);
+  fill_expected(block.data(), 0, kBlockBytes);
+  const auto io = make_io_engine(made.engine, 1);
+  CHECK(carry_out(io->make_queue(made.fd, 1, {}).get(), IoOp::kWrite, 0, {block.all()}) == 0);
+  close(made.fd);
+  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kReadOnly}) {
+    const OpenedFile file = open_durable_file(path, engine, mode);
+    std::printf("  %s\n", file.reason.c_str());
+    is_right(file, mode == DurableMode::kWrite ? O_RDWR : O_RDONLY);
+    CHECK(file.reason.find(mode == DurableMode::kWrite ? "bytes beside it" : "read 4096 bytes") !=
+          std::string::npos);
+    std::memset(block.data(), 0, kBlockBytes);
+    CHECK(carry_out(io->make_queue(file.fd, 1, {}).get(), IoOp::kRead, 0, {block.all()}) == 0);
+    CHECK(is_expected(block.data(), 0, kBlockBytes));
+    CHECK(entry_count(directory) == entries_before + 1);
+    close(file.fd);
+  }
+  CHECK(bytes_of(path).size() == kBlockBytes);
+  unlink(path.c_str());
+}
+
+static void check_refused(const std::string& path, const std::string& text) {
+  for (const DurableMode mode : {DurableMode::kWrite, DurableMode::kReadOnly}) {
+    CHECK(throws(ErrorKind::kStore, path + ": ", [&] { open_durable_file(path, "auto", mode); }));
+    CHECK(throws(ErrorKind::kStore, text, [&] { open_durable_file(path, "auto", mode); }));
+  }
+}
+
+// Whatever lies where a store's file should, nothing but a file of our own is opened, and nothing waits.
+static void test_what_is_not_a_file_of_ours_is_refused(const std::string& directory) {
+  const std::string content(2 * kBlockBytes, 'x');
+  const std::string path = directory + "/there";
+  CHECK(throws(ErrorKind::kStore, "no such directory",
+               [&] { open_durable_file(directory + "/missing/pages", "auto", DurableMode::kCreate); }));
+  CHECK(throws(ErrorKind::kValue, "io_engine must be",
+               [&] { open_durable_file(path, "uring", DurableMode::kCreate); }));
+  check_refused(path, "No such file or directory; create a store here first");
+
+  const std::string other = file_of(directory, "other", content);
+  CHECK(symlink(other.c_str(), path.c_str()) == 0);
+  check_refused(path, "wanted a regular file, this is a symbolic link");
+  CHECK(throws(ErrorKind::kStore, "File exists",
+               [&] { open_durable_file(path, "auto", DurableMode::kCreate); }));
+  unlink(path.c_str());
+  CHECK(symlink("/nowhere", path.c_str()) == 0);  // and one that leads nowhere does not make a file there
+  check_refused(path, "this is a symbolic link");
+  CHECK(throws(ErrorKind::kStore, "File exists",
+               [&] { open_durable_file(path, "auto", DurableMode::kCreate); }));
+  unlink(path.c_str());
+  CHECK(mkfifo(path.c_str(), 0600) == 0);
+  check_refused(path, "this is a FIFO");
+  unlink(path.c_str());
+  CHECK(mkdir(path.c_str(), 0700) == 0);
+  check_refused(path, "this is a directory");
+  rmdir(path.c_str());
+  const int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string short_path = "/tmp/torch_csd-" + std::to_string(getpid());  // of at most 107 characters
+  std::strcpy(address.sun_path, short_path.c_str());
+  CHECK(bind(listener, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0);
+  check_refused(short_path, "this is a socket");
+  unlink(short_path.c_str());
+  close(listener);
+  check_refused("/dev/null", "this is a device");
+
+  file_of(directory, "there", content);
+  for (const mode_t mode : {0640, 0606, 0601}) {
+    CHECK(chmod(path.c_str(), mode) == 0);
+    check_refused(path, "wanted a file that only its owner may touch (0600), this has 06");
+  }
+  CHECK(chmod(path.c_str(), 0600) == 0);
+  CHECK(link(path.c_str(), (directory + "/again").c_str()) == 0);
+  check_refused(path, "this has 2 hard links");
+  unlink((directory + "/again").c_str());
+  if (geteuid() == 0) {
+    CHECK(chown(path.c_str(), 65534, 65534) == 0);
+    check_refused(path, "wanted a file of user 0, this belongs to user 65534");
+    CHECK(chown(path.c_str(), 0, 0) == 0);
+  } else {
+    std::printf("  not tested: another user's file (that takes root)\n");
+    CHECK(chmod(path.c_str(), 0000) == 0);
+    check_refused(path, "Permission denied; let user");
+    CHECK(chmod(path.c_str(), 0600) == 0);
+  }
+  CHECK(bytes_of(path) == content);
+  unlink(path.c_str());
+  unlink(other.c_str());
+}
+
+// As another user than root, in a directory that this user may not write: reading needs no scratch file.
+static void test_reading_from_a_directory_that_cannot_be_written(const std::string& directory) {
+  const std::string closed = directory + "/closed";
+  CHECK(mkdir(closed.c_str(), 0700) == 0);
+  const std::string path = file_of(closed, "pages", std::string(2 * kBlockBytes, 'x'));
+  const auto act = [&] {
+    const OpenedFile file = open_durable_file(path, "auto", DurableMode::kReadOnly);
+    std::printf("  %s\n", file.reason.c_str());
+    CHECK(file.reason.find("read 4096 bytes") != std::string::npos);
+    close(file.fd);
+    CHECK(throws(ErrorKind::kStore, "may write",
+                 [&] { open_durable_file(path, "auto", DurableMode::kWrite); }));
+    CHECK(throws(ErrorKind::kStore, "may write",
+                 [&] { open_durable_file(closed + "/new", "auto", DurableMode::kCreate); }));
+    CHECK(chmod(path.c_str(), 0000) == 0);
+    CHECK(throws(ErrorKind::kStore, "Permission denied; let user",
+                 [&] { open_durable_file(path, "auto", DurableMode::kReadOnly); }));
+  };
+  CHECK(chmod(closed.c_str(), 0500) == 0);
+  if (geteuid() != 0) {
+    act();
+  } else {
+    CHECK(chown(path.c_str(), 65534, 65534) == 0 && chown(closed.c_str(), 65534, 65534) == 0);
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+      CHECK(setuid(65534) == 0);
+      // The way here may be closed to that user.
+      if (access(path.c_str(), R_OK) != 0) {
+        std::printf("  not tested: user 65534 cannot come to %s\n", closed.c_str());
+      } else {
+        act();
+      }
+      std::fflush(stdout);
+      _exit(0);
+    }
+    int status = 0;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+  }
+  CHECK(chmod(closed.c_str(), 0700) == 0);
+  unlink(path.c_str());
+  rmdir(closed.c_str());
+}
+
+// Everything of ours is aligned to 4096 bytes: enough for drives that want 512 or 4096, and told where not.
+static void test_alignments(const std::string& directory) {
+  for (const uint32_t enough : {512u, 4096u}) {
+    told_alignment = enough;
+    const OpenedFile file = open_scratch_file(directory, "auto");
+    CHECK(file.direct_io);
+    close(file.fd);
+  }
+  const std::string path = file_of(directory, "pages", std::string(kBlockBytes, 'x'));
+  told_alignment = 8192;
+  for (const bool durable : {false, true}) {
+    const OpenedFile file = durable ? open_durable_file(path, "pread", DurableMode::kReadOnly)
+                                    : open_scratch_file(directory, "auto");
+    std::printf("  %s\n", file.reason.c_str());
+    CHECK(!file.direct_io && (fcntl(file.fd, F_GETFL) & O_DIRECT) == 0);
+    CHECK(file.reason.find("aligned to 8192 bytes") != std::string::npos);
+    close(file.fd);
+  }
+  told_alignment = 0xffffffff;
+  unlink(path.c_str());
+}
+
+static void test_sync(const std::string& directory) {
+  const std::string path = file_of(directory, "pages", "x");
+  const int fd = open(path.c_str(), O_RDWR);
+  const std::function<void()> syncs[] = {[&] { sync_data(fd, path); }, [&] { sync_directory(directory); }};
+  for (const auto& sync : syncs) {
+    sync_calls = 0;
+    sync_error = EINTR;
+    sync();
+    CHECK(sync_calls == 2);
+    sync_error = EIO;
+    CHECK(throws(ErrorKind::kStore, "Input/output error", sync));
+    sync_error = ENOSPC;
+    CHECK(throws(ErrorKind::kNoSpace, directory, sync));
+    sync();
+  }
+  sync_error = EINVAL;  // not an error of a directory's
+  sync_directory(directory);
+  sync_error = EINVAL;
+  CHECK(throws(ErrorKind::kStore, path + ": fdatasync", syncs[0]));
+  CHECK(throws(ErrorKind::kStore, "No such file", [&] { sync_directory(directory + "/missing"); }));
+  CHECK(throws(ErrorKind::kStore, "Not a directory", [&] { sync_directory(path); }));
+  CHECK(throws(ErrorKind::kStore, "Bad file descriptor", [&] { sync_data(-1, path); }));
+  close(fd);
+  unlink(path.c_str());
 }
 
 static bool takes_direct(const std::string& directory) {
@@ -681,6 +1192,20 @@ int main(int argc, char** argv) {
     }
     test_endless_eagain_ends(cases[0]);
     test_lost_requests_are_asked_for_again(cases.back());
+#ifdef CSD_HAVE_LIBURING
+    if (engine == "io_uring") {
+      std::printf("io_uring refused in the middle of a run\n");
+      std::fflush(stdout);
+      for (const Case& c : cases) {
+        test_refused_in_the_middle(c);
+        test_all_queues_go_over_to_pread(c);
+        test_destructor_waits_although_refused(c);
+        test_refused_rings_in_the_middle(c);
+        test_requests_held_when_refused(c);
+      }
+      test_endless_refusal_goes_over_to_pread(cases[0]);
+    }
+#endif
   }
   std::printf("scratch files\n");
   for (const std::string& engine : engines)
@@ -691,6 +1216,15 @@ int main(int argc, char** argv) {
   check_probe("/dev/shm");
   if (engines.size() == 2) test_refused_rings(directory);
   test_bad_directories(directory);
+  std::printf("durable files\n");
+  for (const std::string& engine : engines)
+    test_durable_files(directory, engine, direct_works && !is_tmpfs(directory));
+  test_durable_files("/dev/shm", "auto", false);
+  test_what_is_not_a_file_of_ours_is_refused(directory);
+  test_reading_from_a_directory_that_cannot_be_written(directory);
+  test_reading_from_a_directory_that_cannot_be_written("/dev/shm");
+  if (direct_works && !is_tmpfs(directory)) test_alignments(directory);
+  test_sync(directory);
   test_full_and_read_only(directory);
   std::printf("ok\n");
   return 0;

@@ -7,9 +7,9 @@ has its models imported, or when something of it is used.
 from __future__ import annotations
 
 from torch_csd.hf.attention import register
-from torch_csd.hf.cache import StorageCache
+from torch_csd.hf.cache import StorageCache, fingerprint
 from torch_csd.hf.swap import swap_attention
 
-__all__ = ["StorageCache", "swap_attention"]
+__all__ = ["StorageCache", "fingerprint", "swap_attention"]
 
 register()

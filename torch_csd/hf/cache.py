@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import os
 import warnings
 from typing import NoReturn
@@ -15,8 +17,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from torch_csd.errors import StoreError
-from torch_csd.store import KVStore
+from torch_csd.config import parse_kv_dtype
+from torch_csd.errors import StoreError, StoreMismatchError
+from torch_csd.store import KVStore, PrefixMatch
 from torch_csd.tensor import StorageTensor
 
 
@@ -38,6 +41,16 @@ class StorageCache(DynamicCache):
 
         with StorageCache(model.config, "/nvme/kv", memory_budget="2GiB") as cache:
             model.generate(**inputs, past_key_values=cache)
+
+    With `durable=True` and a `name` it can be kept: `commit` makes what it holds survive the process, and
+    `StorageCache.open` finds it again, for the same model: `config` is compared with the one it was made with, and
+    so is `fingerprint`, text of the caller's that tells one set of weights from another (the configuration does not;
+    see `torch_csd.fingerprint`).
+
+        cache = StorageCache(model.config, "/nvme/kv", durable=True, name="manual")
+        ...
+        cache.commit(token_ids)
+        cache = StorageCache.open("/nvme/kv", "manual", config=model.config)
     """
 
     def __init__(
@@ -53,26 +66,93 @@ class StorageCache(DynamicCache):
         read_ahead: int | str | None = None,
         resident: bool = True,
         simd: str | None = None,
+        max_bytes: int | str | None = None,
+        durable: bool = False,
+        name: str | None = None,
+        fingerprint: str | None = None,
         checksums: bool = True,
     ):
-        if config is not None and not isinstance(config, PreTrainedConfig):
-            raise TypeError(
-                "StorageCache: config must be a transformers configuration (model.config), got "
-                f"{type(config).__name__}; the directory is the second argument"
-            )
-        DynamicCache.__init__(self, config=config)
-        self.store = KVStore(
+        _check_config(config)
+        if durable:
+            _check_can_be_kept(config)
+        elif fingerprint is not None:
+            raise ValueError("StorageCache: only a durable cache has a fingerprint; pass durable=True with it")
+        self._make_layers(
+            config,
+            KVStore(
+                directory,
+                memory_budget=memory_budget,
+                kv_dtype=kv_dtype,
+                io_engine=io_engine,
+                threads=threads,
+                queue_depth=queue_depth,
+                read_ahead=read_ahead,
+                resident=resident,
+                simd=simd,
+                max_bytes=max_bytes,
+                checksums=checksums,
+                durable=durable,
+                name=name,
+                metadata=_model_metadata(config, fingerprint, kv_dtype) if durable else None,
+            ),
+        )
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str] | None,
+        name: str,
+        *,
+        config: PreTrainedConfig | None = None,
+        fingerprint: str | None = None,
+        device: torch.device | str = "cpu",
+        read_only: bool = False,
+        memory_budget: int | str = "1GiB",
+        io_engine: str = "auto",
+        threads: int | None = None,
+        queue_depth: int = 32,
+        read_ahead: int | str | None = None,
+        resident: bool = True,
+        simd: str | None = None,
+        max_bytes: int | str | None = None,
+        checksums: bool = True,
+    ) -> StorageCache:
+        """The cache `name` as it was last committed: generation goes on as if the process had never ended.
+
+        `config` and `fingerprint` are those of the model that goes on, `device` is where it is; the others are those
+        of `KVStore.open`. Without a `config` nothing is compared, and a cache with sliding windows cannot be opened.
+
+        Raises `StoreMismatchError` if another model made it, and what `KVStore.open` raises.
+        """
+        _check_config(config)
+        store = KVStore.open(
             directory,
+            name,
+            read_only=read_only,
+            device=device,
             memory_budget=memory_budget,
-            kv_dtype=kv_dtype,
             io_engine=io_engine,
             threads=threads,
             queue_depth=queue_depth,
             read_ahead=read_ahead,
             resident=resident,
             simd=simd,
+            max_bytes=max_bytes,
             checksums=checksums,
         )
+        try:
+            _check_model(name, store.metadata, config, fingerprint)
+            cache = cls.__new__(cls)
+            cache._make_layers(config, store)
+            cache._take_up()
+        except BaseException:
+            store.close()
+            raise
+        return cache
+
+    def _make_layers(self, config: PreTrainedConfig | None, store: KVStore) -> None:
+        DynamicCache.__init__(self, config=config)
+        self.store = store
         latent_dims = _latent_dims(config)
         for index, layer in enumerate(self.layers):
             # Exactly these two: their subclasses keep more than keys and values, and keep it in memory.
@@ -98,6 +178,9 @@ class StorageCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, StorageLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if key_states.ndim == 4 and key_states.shape[2] > 1 and layer_idx == self._first_stored:
+            # Now rather than in the middle of a prefill that took minutes.
+            self.store.check_room(key_states, value_states, layer_count=self._stored_count())
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except StoreError:
@@ -108,6 +191,74 @@ class StorageCache(DynamicCache):
                 if isinstance(earlier, StorageLayer) and earlier.get_seq_length() > past_tokens:
                     earlier.undo_to(past_tokens)
             raise
+
+    def _stored_count(self) -> int:
+        return sum(isinstance(layer, StorageLayer) for layer in self.layers)
+
+    @property
+    def _first_stored(self) -> int:
+        return next((index for index, layer in enumerate(self.layers) if isinstance(layer, StorageLayer)), -1)
+
+    # ---- durable caches --------------------------------------------------------------------------------------
+
+    def commit(self, token_ids: torch.Tensor | None = None) -> None:
+        """Makes what the cache holds now survive the process, kill -9 and power loss: see `KVStore.commit`.
+
+        `token_ids` [batch, tokens] are what the model was given so far (more than that does no harm, so what
+        `generate` returns will do): with them, later prompts find this as their prefix.
+        """
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, StorageLayer)}
+        if len(lengths) > 1:
+            raise StoreError(
+                f"StorageCache.commit: the layers hold {sorted(lengths)} tokens, a forward is under way or has failed; "
+                "commit between forwards"
+            )
+        self.store.commit(token_ids)
+
+    def fork(self, name: str | None = None) -> StorageCache:
+        """A cache with the same contents that grows on its own and shares the pages that are there.
+
+        With a `name`, which must be new, it can be committed: one system prompt becomes many conversations.
+        """
+        return _copy_with_forked_store(self, {id(self.store): self.store.fork(name)})
+
+    def match_prefix(self, input_ids: torch.Tensor) -> PrefixMatch | None:
+        """The longest beginning of a prompt that a committed sequence of this directory and model holds, or None.
+
+        `input_ids` is [tokens] or [1, tokens]. At least one token is left over, for the model to begin with.
+        `use_prefix` makes what was found this cache's contents.
+        """
+        if input_ids.ndim == 2 and input_ids.shape[0] == 1:
+            input_ids = input_ids[0]
+        if input_ids.ndim != 1:
+            raise ValueError(f"StorageCache.match_prefix wants the ids of one prompt, got {list(input_ids.shape)}")
+        wanted = self.store.metadata
+
+        def same_model(metadata: dict) -> bool:
+            same = all(metadata.get(key) == wanted.get(key) for key in ("fingerprint", "kv_dtype"))
+            return same and not _differences(metadata, wanted)
+
+        windows = {layer.index: layer.sliding_window for layer in self.layers if isinstance(layer, StorageSlidingLayer)}
+        for match in self.store.prefix_matches(input_ids[:-1], wants=same_model):
+            begins = self.store.committed_begins(match.name) if windows else {}
+            if all(begins.get(index, 0) <= max(match.length - window + 1, 0) for index, window in windows.items()):
+                return match
+        return None
+
+    def use_prefix(self, match: PrefixMatch, *, device: torch.device | str = "cpu") -> None:
+        """Fills this cache, which must be empty, with what `match_prefix` found: nothing is copied or read."""
+        self.store.use_prefix(match, device=device)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Makes the layers what the store holds."""
+        for number in self.store.layers():
+            if self.layer_class_to_replicate is not None:
+                while len(self.layers) <= number:
+                    self.layers.append(StorageLayer(self.store, len(self.layers)))
+            if number >= len(self.layers) or not isinstance(self.layers[number], StorageLayer):
+                raise StoreMismatchError(f"StorageCache: the store holds a layer {number}, this model's cache does not")
+            self.layers[number].take_up()
 
     def stats(self) -> dict:
         """What was moved by which path so far, and on what: see `KVStore.stats`."""
@@ -159,6 +310,13 @@ class StorageLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         # What every later update must agree with: (num_kv_heads, head_dim_k, head_dim_v).
         self._head_shape = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        self.is_initialized = True
+
+    def take_up(self) -> None:
+        """Makes this layer what its store holds already."""
+        stored = self.store.layer(self.index)
+        self.dtype, self.device = stored.dtype, stored.device
+        self._head_shape = (stored.num_kv_heads, stored.head_dim_k, stored.head_dim_v)
         self.is_initialized = True
 
     def update(
@@ -335,6 +493,10 @@ class StorageSlidingLayer(StorageLayer, DynamicSlidingWindowLayer):
         self.record_past = False
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)  # yielded by Cache.__iter__
 
+    def take_up(self) -> None:
+        StorageLayer.take_up(self)
+        self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
+
     @property
     def cumulative_length(self) -> int:
         """All tokens seen, those that are trimmed included."""
@@ -385,6 +547,90 @@ def _copy_with_forked_store(original, memo: dict):
     for name, value in vars(original).items():
         setattr(duplicate, name, copy.deepcopy(value, memo))
     return duplicate
+
+
+def _check_config(config: object) -> None:
+    if config is not None and not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            "StorageCache: config must be a transformers configuration (model.config), got "
+            f"{type(config).__name__}; the directory is the second argument"
+        )
+
+
+def _check_can_be_kept(config: PreTrainedConfig | None) -> None:
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise NotImplementedError(
+                f"StorageCache: layer {index} of {type(config).__name__} keeps more than keys and values "
+                f"({type(layer).__name__}), in memory, so its cache cannot be durable"
+            )
+
+
+# ---- which model a durable cache is of -----------------------------------------------------------------------------
+
+# What a configuration says that changes no key and no value.
+_IRRELEVANT = {
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_decoder",
+    "label2id", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
+    "return_dict", "sep_token_id", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def _model_metadata(
+    config: PreTrainedConfig | None, fingerprint: str | None, kv_dtype: torch.dtype | str | None = None
+) -> dict:
+    if fingerprint is not None and not isinstance(fingerprint, str):
+        raise TypeError(f"StorageCache: fingerprint must be text, got {fingerprint!r}")
+    values = {} if config is None else config.get_text_config(decoder=True).to_dict()
+    kept = {key: value for key, value in values.items() if key not in _IRRELEVANT and not key.startswith("_")}
+    return {
+        "model": json.loads(json.dumps(kept, default=str, sort_keys=True)),
+        "fingerprint": fingerprint,
+        "kv_dtype": str(parse_kv_dtype(kv_dtype)).removeprefix("torch."),
+    }
+
+
+def _differences(there: dict, wanted: dict) -> list[str]:
+    """What two models' configurations say differently; what only one says is another version of transformers'."""
+    theirs, ours = there.get("model"), wanted.get("model")
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return []
+    return [
+        f"{key} is {theirs[key]!r}, not {ours[key]!r}"
+        for key in sorted(theirs.keys() & ours)
+        if theirs[key] != ours[key]
+    ]
+
+
+def _check_model(name: str, metadata: dict, config: PreTrainedConfig | None, fingerprint: str | None) -> None:
+    """Raises StoreMismatchError unless the sequence is of this model."""
+    wanted = _model_metadata(config, fingerprint)
+    differences = _differences(metadata, wanted)
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise StoreMismatchError(
+            f"sequence {name!r} was made by another model: its {'; '.join(differences[:5])}{more}; open it with the "
+            "model that made it, or prefill anew under another name"
+        )
+    if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
+        raise StoreMismatchError(
+            f"sequence {name!r} was made with other weights: its fingerprint is {metadata.get('fingerprint')!r}, not "
+            f"{fingerprint!r}; open it with the model that made it, or prefill anew under another name"
+        )
+    if config is None and (metadata.get("model") or {}).get("sliding_window"):
+        raise StoreMismatchError(f"sequence {name!r} has sliding windows; open it with config=model.config")
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Text that tells a model's weights from others': a digest of all names, shapes and dtypes, and of 64 elements of
+    each parameter. Takes milliseconds; weights that were changed everywhere (fine-tuned, merged) always differ."""
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter_name, parameter in sorted(model.state_dict().items()):
+        digest.update(f"{parameter_name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].cpu()
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _latent_dims(config: PreTrainedConfig | None) -> tuple[int, int] | None:
