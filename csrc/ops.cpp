@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -383,26 +384,43 @@ void flush(const Tensor& drive) {
 
 // ---- what outlives the process ----
 
-std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
+void check_bytes(const Tensor& bytes, const char* what) {
   if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() || !bytes.is_cpu()) {
-    fail("entries are a contiguous uint8 CPU tensor");
+    fail(std::string(what) + " must be a contiguous uint8 CPU tensor");
   }
+}
+
+std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
+  check_bytes(bytes, "entries");
   return parse_entries(static_cast<const uint8_t*>(bytes.const_data_ptr()), bytes.numel(), file_bytes);
 }
 
-// entries: those of all snapshots, one after another; counts: how many each has.
-void adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int64_t> counts,
-           const Tensor& entries) {
+// entries: those of all snapshots, one after another; counts: how many each has. Returns the snapshots whose
+// tables are damaged: what can be made out of them keeps its space.
+Tensor adopt(const Tensor& drive, std::vector<int64_t> snapshots, std::vector<int64_t> counts,
+             const Tensor& entries) {
   const Handle target = open_handle(drive);
-  const std::vector<PageEntry> all = entries_of(entries, target.drive->durable_file_bytes());
+  check_bytes(entries, "entries");
+  const auto* next = static_cast<const uint8_t*>(entries.const_data_ptr());
+  int64_t left = entries.numel() / kEntryBytes;
   std::vector<std::vector<PageEntry>> tables;
-  auto next = all.begin();
-  for (const int64_t count : counts) {
-    if (count < 0 || count > all.end() - next) fail("adopt: counts must be of as many entries as there are");
-    tables.emplace_back(next, next + count);
-    next += count;
+  std::set<int64_t> damaged;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] < 0 || counts[i] > left) fail("adopt: counts must be of as many entries as there are");
+    std::vector<PageEntry> table;
+    for (int64_t entry = 0; entry < counts[i]; ++entry, next += kEntryBytes, --left) {
+      try {
+        table.push_back(parse_entries(next, kEntryBytes, target.drive->durable_file_bytes()).front());
+      } catch (const Error&) {
+        damaged.insert(snapshots[i]);
+      }
+    }
+    tables.push_back(std::move(table));
   }
-  target.drive->adopt(snapshots, tables);
+  for (const int64_t snapshot : target.drive->adopt(snapshots, tables)) damaged.insert(snapshot);
+  Tensor result = new_tensor({static_cast<int64_t>(damaged.size())}, ScalarType::Long);
+  std::copy(damaged.begin(), damaged.end(), static_cast<int64_t*>(result.mutable_data_ptr()));
+  return result;
 }
 
 void restore_layer(const Tensor& handle, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
@@ -612,7 +630,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
       "int queue_depth, int read_ahead, bool resident, bool checksums, int bytes_max, str durable_path, "
-      "str mode, Tensor store_id) -> ()");
+      "str durable_mode, Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
@@ -625,7 +643,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
   m.def("flush(Tensor(a!) drive) -> ()");
-  m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> ()");
+  m.def("adopt(Tensor(a!) drive, int[] snapshots, int[] counts, Tensor entries) -> Tensor");
   m.def(
       "restore_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
       "int code_bits, int number, int begin, int[] first_pages, int[] lengths, Tensor entries, int snapshot) "

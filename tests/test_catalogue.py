@@ -993,6 +993,10 @@ BYTES = {
     "half": (lambda path: os.truncate(path, path.stat().st_size // 2), "malformed|damaged"),
     "without its last page": (lambda path: os.truncate(path, path.stat().st_size - 4096), "malformed|damaged"),
     "schema overwritten": (overwrite(100, b"\xff" * 200), "malformed|damaged"),
+    "schema that is not UTF-8": (
+        lambda path: overwrite(path.read_bytes().index(b"tokens"), b"\xff")(path),
+        "not UTF-8",
+    ),
     "page of zeros": (overwrite(4096 * 4, bytes(4096)), "malformed|damaged"),
     "page of noise": (overwrite(4096 * 6, random.Random(0).randbytes(4096)), "malformed|damaged"),
     "future file format": (overwrite(18, b"\3\3"), "file is not a database|unsupported"),

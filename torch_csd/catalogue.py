@@ -1262,6 +1262,8 @@ def _sqlite_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _translated(path, error) from error
+    except UnicodeDecodeError as error:  # SQLite's message quotes a name in the file that is no text
+        raise StoreCorruptError(f"{path}: its schema holds a name that is not UTF-8; {_RESTORE}") from error
 
 
 def _translated(path: str, error: sqlite3.Error) -> Exception:
@@ -1274,7 +1276,11 @@ def _translated(path: str, error: sqlite3.Error) -> Exception:
             return StoreBusyError(f"{path}: kept locked for {BUSY_TIMEOUT_S:g} s by another process; try again")
         if "is full" in text:
             return StoreFullError(f"{path}: {text}; nothing was changed; make room on the drive")
-        if "I/O error" in text or "unable to open" in text or "readonly" in text:
+        if "unable to open" in text:
+            return StoreError(
+                f"{path}: {text}; look at the limit of open files (ulimit -n), the drive and the directory's rights"
+            )
+        if "I/O error" in text or "readonly" in text:
             return StoreError(f"{path}: {text}; look at the drive and at the rights on the directory")
     return StoreCorruptError(f"{path}: {text}; {_RESTORE}")
 

@@ -28,7 +28,6 @@ from torch_csd.catalogue import (
     Sequence,
     StoreDirectory,
     page_spans,
-    sync_directory,
 )
 from torch_csd.config import StoreConfig, parse_kv_dtype
 from torch_csd.errors import StoreBusyError, StoreCorruptError, StoreError
@@ -133,14 +132,16 @@ class DurableDrive(Drive):
         self._outdated: list[int] = []
         self._open_names: set[str] = set()
         self._sequences: dict[str, Sequence] = {}  # of a reader: what it has opened, whatever is committed meanwhile
-        self.damaged: dict[str, StoreCorruptError] = {}  # of a reader: sequences that it can do without, by name
+        self.damaged: dict[str, StoreCorruptError] = {}  # by name: sequences that cannot be opened
         directory.lock_reader() if read_only else directory.lock_writer()
         try:
             if not read_only and not os.path.lexists(directory.catalogue_path):
-                _remove_leftovers(directory)
+                # Of a process that ended while it made the store: the catalogue comes last.
+                if os.path.lexists(directory.pages_path):
+                    os.unlink(directory.pages_path)
                 store_id = secrets.token_bytes(16)
                 super().__init__(config, path=directory.pages_path, mode="create", store_id=store_id)
-                self.catalogue = _create_catalogue(directory, store_id)
+                self.catalogue = Catalogue.create(directory.catalogue_path, store_id)
                 sequences = []
             else:
                 self.catalogue = Catalogue.open(directory.catalogue_path, read_only=read_only)
@@ -194,7 +195,13 @@ class DurableDrive(Drive):
             self._outdated.append(numbers[-1])
             entries.append(_free_entries(b"".join(entries), self.directory.check_pages()))
         counts = [len(table) // ENTRY_BYTES for table in entries]
-        ops.adopt(self.handle, numbers, counts, b"".join(entries))
+        refused = ops.adopt(self.handle, numbers, counts, b"".join(entries))
+        for name, snapshot in self._snapshots.items():
+            if snapshot in refused:
+                self.damaged[name] = StoreCorruptError(
+                    f"{self.directory.path}: the page tables of sequence {name!r} are damaged: pages lie outside of "
+                    f"the file, or over those of others; remove it (torch-csd rm) and prefill it anew"
+                )
 
     # ---- sequences -----------------------------------------------------------------------------------------------
 
@@ -320,6 +327,7 @@ class DurableDrive(Drive):
                     raise StoreBusyError(f"sequence {name!r} is open in this process; close it first")
             self.catalogue.remove(*names)
             for name in names:
+                self.damaged.pop(name, None)
                 self._forget(name)
             self._release_outdated()
 
@@ -387,26 +395,6 @@ def _close_durable(handle: Tensor, process: int, catalogue: Catalogue, directory
     finally:
         catalogue.close()
         directory.unlock()
-
-
-def _remove_leftovers(directory: StoreDirectory) -> None:
-    """What a process has left that ended while it made the store: the catalogue comes last."""
-    for path in (directory.pages_path, *_new_catalogue_paths(directory)):
-        if os.path.lexists(path):
-            os.unlink(path)
-
-
-def _new_catalogue_paths(directory: StoreDirectory) -> tuple[str, str]:
-    path = directory.catalogue_path + ".new"
-    return path, path + "-journal"
-
-
-def _create_catalogue(directory: StoreDirectory, store_id: bytes) -> Catalogue:
-    new_path, _ = _new_catalogue_paths(directory)
-    Catalogue.create(new_path, store_id).close()
-    os.rename(new_path, directory.catalogue_path)
-    sync_directory(directory.path)
-    return Catalogue.open(directory.catalogue_path)
 
 
 # ---- one writer in this process ------------------------------------------------------------------------------------

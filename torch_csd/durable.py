@@ -105,16 +105,18 @@ def survey(directory: str | os.PathLike[str]) -> StoreSurvey | None:
 
 @dataclass(frozen=True)
 class DamagedPage:
-    """A page that the drive does not give back as it was written."""
+    """A page that the drive does not give back as it was written, or a whole sequence whose tables are damaged."""
 
     sequence: str
-    layer: int
-    row: int
-    index: int  # it holds the tokens from position 64 * index on
-    file_offset: int
     reason: str
+    layer: int | None = None  # None, as all that follows: the sequence
+    row: int | None = None
+    index: int | None = None  # it holds the tokens from position 64 * index on
+    file_offset: int | None = None
 
     def __str__(self) -> str:
+        if self.index is None:
+            return f"sequence {self.sequence!r}: {self.reason}"
         begin = self.index * PAGE_TOKENS
         return (
             f"sequence {self.sequence!r}, layer {self.layer}, row {self.row}, page {self.index} (tokens {begin} to "
@@ -155,7 +157,7 @@ class Verification:
                     for page in ops.verify(layers[table.number].handle):
                         reason = os.strerror(page.error) if page.error else "other bytes than were written"
                         damaged.append(
-                            DamagedPage(sequence, table.number, page.row, page.index, page.file_offset, reason)
+                            DamagedPage(sequence, reason, table.number, page.row, page.index, page.file_offset)
                         )
                     yield layer_bytes(table), damaged
             finally:
@@ -175,15 +177,14 @@ def verify(directory: str | os.PathLike[str], name: str | None = None) -> list[D
     A process may go on writing there: what is looked at is what was committed when this began.
 
     Returns:
-        The pages that are damaged; none if all is well.
+        The sequences whose tables are damaged, and the pages that are; none if all is well.
 
     Raises:
-        StoreError: there is no store, or no such sequence. StoreCorruptError: its tables are damaged.
+        StoreError: there is no store, or no such sequence. StoreCorruptError: nothing of it can be read.
     """
     with Verification(directory, name) as verification:
-        for problem in verification.damaged.values():
-            raise StoreCorruptError(problem)
-        return [page for _, damaged in verification for page in damaged]
+        unread = [DamagedPage(sequence, reason) for sequence, reason in verification.damaged.items()]
+        return unread + [page for _, damaged in verification for page in damaged]
 
 
 # ---- taking it away -------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """Calls an op; its errors come back as the types of errors.py (the ABI carries nothing but their text)."""
     try:
         return op(*args, **kwargs)
+    except MemoryError:
+        raise MemoryError("no memory is left; lower memory_budget, or raise the process's limit (ulimit -v)") from None
     except RuntimeError as error:
         match = _ERROR_TAG.search(str(error))
         if match is None:
@@ -160,9 +162,12 @@ def flush(drive: Tensor) -> None:
 # ---- what outlives the process ----------------------------------------------------------------------------------
 
 
-def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> None:
-    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i."""
-    _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries))
+def adopt(drive: Tensor, snapshots: Sequence[int], counts: Sequence[int], entries: bytes) -> list[int]:
+    """The space that committed sequences take: ``counts[i]`` page entries of ``entries`` are those of snapshot i.
+
+    Returns the snapshots whose pages lie outside the file, or over others'.
+    """
+    return _call(_ops.adopt, drive, list(snapshots), list(counts), _bytes_tensor(entries)).tolist()
 
 
 def restore_layer(

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "base/checksum.h"
@@ -65,13 +66,14 @@ class TailImages {
 
 }  // namespace
 
-void Drive::adopt(const std::vector<int64_t>& snapshot_ids,
-                  const std::vector<std::vector<PageEntry>>& tables) {
+std::vector<int64_t> Drive::adopt(const std::vector<int64_t>& snapshot_ids,
+                                  const std::vector<std::vector<PageEntry>>& tables) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   CSD_CHECK(snapshot_ids.size() == tables.size(), "adopt: a table for each snapshot");
   CSD_CHECK(layers_.empty() && snapshots_.empty(), "adopt comes before everything else");
-  const std::vector<PageRun> runs = find_runs(tables);
+  std::set<size_t> damaged;
+  const std::vector<PageRun> runs = find_runs(tables, &damaged);
   space_->adopt(runs, durable_file_bytes_);
   std::vector<Ref<Extent>> extents;
   extents.reserve(runs.size());
@@ -83,6 +85,9 @@ void Drive::adopt(const std::vector<int64_t>& snapshot_ids,
     held.erase(std::unique(held.begin(), held.end()), held.end());
     held.shrink_to_fit();
   }
+  std::vector<int64_t> refused;
+  for (const size_t table : damaged) refused.push_back(snapshot_ids[table]);
+  return refused;
 }
 
 // The one that holds this place; extents are by file offset.

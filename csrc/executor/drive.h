@@ -122,7 +122,9 @@ class Drive {
   // ---- what outlives the process (commit.cpp). A snapshot keeps the space of what a catalogue names. ----
 
   // Before anything is stored: the space that the sequences of the catalogue take. tables: their entries.
-  void adopt(const std::vector<int64_t>& snapshot_ids, const std::vector<std::vector<PageEntry>>& tables);
+  // Returns the snapshots of those that overlap others: they keep their space, and must not be restored.
+  std::vector<int64_t> adopt(const std::vector<int64_t>& snapshot_ids,
+                             const std::vector<std::vector<PageEntry>>& tables);
   // A layer of a snapshot. Throws kCorrupt for a table that cannot be one.
   void restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                      int64_t snapshot_id);

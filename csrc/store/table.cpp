@@ -98,7 +98,7 @@ void check_layer(const Geometry& geometry, int64_t begin, const std::vector<RowT
   }
 }
 
-std::vector<PageRun> find_runs(const std::vector<std::vector<PageEntry>>& tables) {
+std::vector<PageRun> find_runs(const std::vector<std::vector<PageEntry>>& tables, std::set<size_t>* damaged) {
   struct Use {
     PageEntry entry;
     size_t table;
@@ -112,32 +112,39 @@ std::vector<PageRun> find_runs(const std::vector<std::vector<PageEntry>>& tables
                                                       : a.table < b.table;
   });
   std::vector<PageRun> runs;
-  std::vector<size_t> owners, previous_owners;  // tables that have the page, and the one before it
-  int64_t end = 0;
+  std::vector<size_t> owners, previous_owners;  // tables that have the page, and the run before it
   for (size_t i = 0; i < uses.size();) {
     const PageEntry& page = uses[i].entry;
+    int64_t page_bytes = page.page_bytes;
+    bool same = true;
     owners.clear();
     for (; i < uses.size() && uses[i].entry.file_offset == page.file_offset; ++i) {
-      const PageEntry& same = uses[i].entry;
-      if (same.page_bytes != page.page_bytes || same.checksum != page.checksum ||
-          same.quantised != page.quantised) {
-        corrupt("two different pages at byte " + text(page.file_offset));
-      }
+      const PageEntry& other = uses[i].entry;
+      same = same && other.page_bytes == page.page_bytes && other.checksum == page.checksum &&
+             other.quantised == page.quantised;
+      page_bytes = std::max(page_bytes, other.page_bytes);
       if (owners.empty() || owners.back() != uses[i].table) owners.push_back(uses[i].table);
     }
-    if (page.file_offset < end) {
-      corrupt("the page at byte " + text(page.file_offset) +
-              " overlaps the one before it, which ends at byte " + text(end));
+    if (!same) damaged->insert(owners.begin(), owners.end());
+    const int64_t end =
+        runs.empty() ? 0 : runs.back().file_offset + runs.back().page_bytes * runs.back().page_count;
+    if (page.file_offset < end) {  // one run of all that overlaps, as if it were one page
+      damaged->insert(owners.begin(), owners.end());
+      damaged->insert(previous_owners.begin(), previous_owners.end());
+      PageRun& run = runs.back();
+      run.page_bytes = std::max(end, page.file_offset + page_bytes) - run.file_offset;
+      run.page_count = 1;
+      previous_owners.insert(previous_owners.end(), owners.begin(), owners.end());
+      continue;
     }
-    const bool adjacent =
-        !runs.empty() && page.file_offset == end && runs.back().page_bytes == page.page_bytes &&
-        (runs.back().page_count + 1) * page.page_bytes <= kRunBytesMax && owners == previous_owners;
+    const bool adjacent = !runs.empty() && page.file_offset == end && runs.back().page_bytes == page_bytes &&
+                          (runs.back().page_count + 1) * page_bytes <= kRunBytesMax &&
+                          owners == previous_owners;
     if (adjacent) {
       runs.back().page_count++;
     } else {
-      runs.push_back({page.file_offset, page.page_bytes, 1});
+      runs.push_back({page.file_offset, page_bytes, 1});
     }
-    end = page.file_offset + page.page_bytes;
     owners.swap(previous_owners);
   }
   return runs;

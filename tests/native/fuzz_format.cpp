@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -101,16 +102,21 @@ void fuzz_tables(Input input) {
     }
     const size_t middle = entries.size() < split / kEntryBytes ? entries.size() : split / kEntryBytes;
     const auto cut = entries.begin() + static_cast<int64_t>(middle);
-    try {
-      const auto runs = find_runs({{entries.begin(), cut}, {cut, entries.end()}});
-      int64_t end = kDataOffset;
+    std::set<size_t> damaged;
+    const auto runs = find_runs({{entries.begin(), cut}, {cut, entries.end()}}, &damaged);
+    int64_t end = kDataOffset;
+    for (const PageRun& run : runs) {
+      CHECK(run.file_offset >= end && run.page_count > 0 && run.page_bytes > 0);
+      end = run.file_offset + run.page_bytes * run.page_count;
+    }
+    CHECK(runs.empty() || end <= file_bytes);
+    for (const PageEntry& entry : entries) {  // every page lies in one run
+      size_t holders = 0;
       for (const PageRun& run : runs) {
-        CHECK(run.file_offset >= end && run.page_count > 0);
-        end = run.file_offset + run.page_bytes * run.page_count;
+        const int64_t run_end = run.file_offset + run.page_bytes * run.page_count;
+        holders += run.file_offset <= entry.file_offset && entry.file_offset + entry.page_bytes <= run_end;
       }
-      CHECK(runs.empty() || end <= file_bytes);
-    } catch (const Error& error) {
-      check_refusal(error);
+      CHECK(holders == 1);
     }
     check_layer(geometry, begin, rows, entries);
     size_t pages = 0;
