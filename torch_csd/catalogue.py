@@ -229,7 +229,7 @@ class StoreDirectory:
         parent = os.path.abspath(os.fspath(directory))
         path = os.path.join(parent, DIRECTORY_NAME)
         with _os_errors(path, "cannot make this directory"):
-            if not os.path.isdir(parent):
+            if not os.path.lexists(parent):
                 raise StoreError(f"{parent}: no such directory; create it or name another")
             try:
                 os.mkdir(path, 0o700)

@@ -350,8 +350,10 @@ def test_rm_asks_where_there_is_somebody_to_ask(csd, kept):
 
 
 def test_a_terminal_of_80_columns_shows_whole_sequences(kept):
-    keep(kept, "prompt-0123456789abcdef", metadata={"model": {"model_type": "qwen3_moe"}, "fingerprint": "01234567"})
+    keep(kept, "prompt-0123456789abcdef", metadata={"model": {"model_type": "llama"}, "fingerprint": "01234567"})
     code, shown = on_terminal("inspect", kept, answer=b"")
-    assert code == 0 and all(word in shown for word in ("prompt-0123456789abcdef", "qwen3_moe", "float32", "yes"))
+    assert code == 0 and all(
+        word in shown for word in ("prompt-0123456789abcdef", "llama", "01234567", "float32", "yes")
+    )
     code, shown = on_terminal("verify", kept, answer=b"")
     assert code == 0 and "every page is as it was written" in shown and "Traceback" not in shown
