@@ -15,7 +15,7 @@ namespace csd {
 namespace {
 
 constexpr int64_t kImageExtentBytesMax = int64_t{8} << 20;
-constexpr int64_t kVerifyBytes = int64_t{4} << 20;  // read at once
+constexpr int64_t kReadBytes = int64_t{4} << 20;  // at once, to verify or to stay
 
 std::string text(int64_t value) { return std::to_string(value); }
 
@@ -130,7 +130,52 @@ void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t nu
     }
     layer.rows.push_back(std::move(row));
   }
+  layer.restored = true;
   layers_[layer_id] = std::move(layer);
+}
+
+// What the catalogue knew is on the drive only. As much of it as there is room for is read now, to stay, and
+// not at every step. What cannot be read, or is damaged, is left to the pass that needs it.
+void Drive::bring_back(const Layer& layer) {
+  std::vector<Page*> run;
+  std::vector<iovec> segments;
+  int64_t bytes = 0;
+  const auto read_run = [&] {
+    if (run.empty()) return true;
+    brought_back_bytes_ += bytes;
+    bool sound = read_segments(run.front()->file_offset, segments) == 0;
+    for (size_t i = 0; i < run.size(); ++i) {
+      auto* memory = static_cast<uint8_t*>(segments[i].iov_base);
+      sound = sound && (!options_.checksums || crc32c(memory, run[i]->page_bytes()) == run[i]->checksum);
+      if (sound) {
+        run[i]->memory = memory;
+        run[i]->sealed = true;
+        candidates_.add(run[i]);
+      } else {
+        arena_->release(memory);
+      }
+    }
+    run.clear();
+    segments.clear();
+    bytes = 0;
+    return sound;
+  };
+  for (const Row& row : layer.rows) {
+    for (const Ref<Page>& page : row.pages) {
+      if (page->memory != nullptr || !page->written) continue;
+      const bool adjacent = !run.empty() && page->file_offset == run.front()->file_offset + bytes;
+      if ((!adjacent || bytes >= kReadBytes) && !read_run()) return;
+      uint8_t* memory = arena_->allocate(page->page_bytes());
+      if (memory == nullptr) {  // no room is made for it: what is there has as good a right to stay
+        read_run();
+        return;
+      }
+      run.push_back(page.get());
+      segments.push_back({memory, static_cast<size_t>(page->page_bytes())});
+      bytes += page->page_bytes();
+    }
+  }
+  read_run();
 }
 
 std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int64_t>& layer_ids) {
@@ -220,7 +265,7 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
         const int64_t bytes = (end - begin) * page_bytes;
         const Page& next = *row.page(end);
         if (next.page_bytes() != page_bytes || next.file_offset != first.file_offset + bytes ||
-            bytes + page_bytes > kVerifyBytes) {
+            bytes + page_bytes > kReadBytes) {
           break;
         }
       }

@@ -586,11 +586,14 @@ void Drive::read_page(const Layer& layer, const PageUse& use, uint8_t* memory) {
 
 // 0 or an errno value.
 int Drive::read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory) {
-  iovec segment{memory, static_cast<size_t>(bytes)};
+  return read_segments(file_offset, {{memory, static_cast<size_t>(bytes)}});
+}
+
+int Drive::read_segments(int64_t file_offset, const std::vector<iovec>& segments) {
   IoRequest request;
   request.file_offset = file_offset;
-  request.segments = &segment;
-  request.segment_count = 1;
+  request.segments = segments.data();
+  request.segment_count = static_cast<int>(segments.size());
   const auto read = [&] {
     page_queue_->submit(request);
     std::vector<IoCompletion> completions;
@@ -752,10 +755,11 @@ void Drive::check_mask(const Layer& layer, const AttendRequest& request) const {
 void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(layer_id);
+  Layer& layer = find(layer_id);
   if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
   check_span(layer, epoch, request.span);
   check_mask(layer, request);
+  if (std::exchange(layer.restored, false) && options_.resident) bring_back(layer);
   csd::attend(context({layer_id, PassKind::kAttend}), layer, request);
   attend_calls_++;
 }
@@ -836,7 +840,7 @@ std::string Drive::stats_json() {
                  arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
   json += number("metadata_bytes", table_memory_.bytes());
   json += number("staging_bytes", stream_->staging_bytes());
-  json += number("drive_read_bytes", counters.drive_read_bytes);
+  json += number("drive_read_bytes", counters.drive_read_bytes + brought_back_bytes_);
   json += number("read_ahead_bytes", counters.read_ahead_bytes);
   json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);
   json += number("resident_read_bytes", counters.resident_read_bytes);
