@@ -534,6 +534,17 @@ def test_a_commit_that_finds_no_room_leaves_the_one_before(tmp_path):
     assert verify(tmp_path) == []
 
 
+def test_a_commit_writes_nothing_that_others_stored(tmp_path):
+    k = torch.full((1, 2, 1000, 16), 1.2345678)
+    with new_store(tmp_path) as store:
+        store.append(0, k, k)  # in memory, and never committed
+        store.free(0)
+        store.append(1, torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))
+        store.commit()
+    pages = (tmp_path / "torch_csd-durable" / "pages.csd").read_bytes()
+    assert k.flatten()[:1].numpy().tobytes() not in pages
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 

@@ -357,6 +357,8 @@ const Ref<Page>& Drive::writable_tail(const Layer& layer, Row* row, std::vector<
     replaced->push_back({row, index, std::move(row->pages.back())});
     row->pages.back() = std::move(page);
   } else {
+    // Slots that are still empty when a commit writes the page must not hold what others stored here before.
+    std::memset(page->memory, 0, static_cast<size_t>(page->page_bytes()));
     if (row->pages.empty()) row->first_page = index;
     row->pages.push_back(std::move(page));
   }

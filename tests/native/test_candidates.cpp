@@ -37,7 +37,7 @@ int main() {
   MemoryPool pool;
   Candidates candidates(&pool);
   Arena arena(int64_t{64} << 20);
-  FileSpace space(-1, "nowhere", &pool);
+  FileSpace space(-1, "nowhere", 0, &pool);
   const auto home = Ref<Home>::make(&pool, &arena, &candidates, &space, kLayout.page_bytes());
   const int64_t empty_bytes = pool.bytes();
   std::vector<Ref<Page>> pages;
