@@ -26,7 +26,7 @@ import models  # noqa: E402
 import torch  # noqa: E402
 from durable_walk import Walk  # noqa: E402
 
-from torch_csd import StorageCache  # noqa: E402
+from torch_csd import KVStore, StorageCache  # noqa: E402
 
 
 def make_model() -> torch.nn.Module:
@@ -78,6 +78,16 @@ def walk(report, model, *, directory, seed, **settings) -> None:
         steps.step()
 
 
+def fork(report, model, *, directory, name, **settings) -> None:
+    """Leaves a process behind that was forked while the store was open."""
+    store = KVStore.open(directory, name, **settings)
+    left_behind = os.fork()
+    if left_behind:
+        report({"event": "forked", "process": left_behind})
+    time.sleep(60)
+    store.close()
+
+
 def run(request: dict, model: torch.nn.Module) -> None:
     descriptor = os.open(request["report"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
@@ -86,7 +96,7 @@ def run(request: dict, model: torch.nn.Module) -> None:
         data = len(data).to_bytes(8, "little") + data
         assert os.write(descriptor, data) == len(data)
 
-    {"decode": decode, "walk": walk}[request["what"]](report, model, **request["arguments"])
+    {"decode": decode, "walk": walk, "fork": fork}[request["what"]](report, model, **request["arguments"])
 
 
 def report_count(path: str) -> int:

@@ -6,12 +6,16 @@ repeat). TORCH_CSD_TEST_KILLS asks for more kills than the usual number, which i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import crash_child
@@ -19,9 +23,10 @@ import models
 import pytest
 import torch
 from durable_walk import Walk, differences, observe
+from support import random_kv
 
 import torch_csd
-from torch_csd import KVStore, StorageCache
+from torch_csd import KVStore, StorageCache, StoreBusyError, catalogue
 
 KILLS = int(os.environ.get("TORCH_CSD_TEST_KILLS", "220"))
 SEED = int(os.environ.get("TORCH_CSD_TEST_SEED", "1"))
@@ -244,3 +249,51 @@ def test_forks_removals_and_collected_garbage_survive_kills(server, tmp_path, io
         state = found
         changes += sum(record["event"] == "end" for record in records)
     assert changes > 20, "hardly anything was changed before the kills: they come too early"
+
+
+@pytest.fixture
+def kept(tmp_path, io_engine) -> str:
+    """The name of a committed sequence."""
+    with KVStore(tmp_path, durable=True, name="kept", io_engine=io_engine) as store:
+        store.append(0, *random_kv(1, 2, 70, 16))
+        store.commit()
+    return "kept"
+
+
+def test_a_store_is_opened_after_the_last_write_of_a_killed_process(tmp_path, io_engine, kept, monkeypatch):
+    # What the kernel still writes holds the file, and its lock, as this descriptor does: a process that was killed in
+    # the middle of 512 MiB was seen to write for 0.2 s after waitpid() had returned and its other locks were free.
+    descriptor = os.open(tmp_path / "torch_csd-durable" / "pages.csd", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr(catalogue, "WRITES_TIMEOUT_S", 0.1)
+    with pytest.raises(StoreBusyError, match="writes of a process that is gone"):
+        KVStore.open(tmp_path, kept, io_engine=io_engine)
+    KVStore.open(tmp_path, kept, io_engine=io_engine, read_only=True).close()
+    monkeypatch.undo()
+    landed_s = time.monotonic() + 0.3
+    timer = threading.Timer(0.3, os.close, [descriptor])
+    timer.start()
+    KVStore.open(tmp_path, kept, io_engine=io_engine).close()
+    assert time.monotonic() >= landed_s
+    timer.join()
+
+
+def test_the_lock_on_the_pages_lasts_as_long_as_the_store_is_open(tmp_path, io_engine, kept):
+    with open(tmp_path / "torch_csd-durable" / "pages.csd", "rb") as file:
+        with KVStore.open(tmp_path, kept, io_engine=io_engine):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_what_a_killed_process_had_forked_does_not_keep_its_store(server, tmp_path, io_engine, kept):
+    rng = random.Random(0)
+    rng.randrange = lambda stop: 1  # after the report
+    rng.random = lambda: 0.0
+    _, (record,) = server.run("fork", rng, directory=str(tmp_path), name=kept, io_engine=io_engine)
+    try:
+        start_s = time.monotonic()
+        KVStore.open(tmp_path, kept, io_engine=io_engine).close()
+        assert time.monotonic() - start_s < 5
+    finally:
+        os.kill(record["process"], signal.SIGKILL)

@@ -38,6 +38,8 @@ import torch
 from durable_walk import State, Walk, differences, observe
 
 import torch_csd
+from torch_csd import ops
+from torch_csd.drive import DurableDrive
 
 SEED = int(os.environ.get("TORCH_CSD_TEST_SEED", "1"))
 SAMPLES = int(os.environ.get("TORCH_CSD_TEST_DISKS", "500"))
@@ -362,9 +364,12 @@ class Recording:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Recording:
+    return record(tmp_path_factory.mktemp("recording"))
+
+
+def record(directory: Path, *arguments: str) -> Recording:
     if shutil.which("gcc") is None:
         pytest.skip("no gcc to build the recorder with")
-    directory = tmp_path_factory.mktemp("recording")
     library, log = directory / "record_io.so", directory / "log"
     build = ["gcc", "-O1", "-shared", "-fPIC", str(RECORDER), "-o", str(library), "-ldl", "-pthread"]
     subprocess.run(build, check=True)
@@ -372,7 +377,9 @@ def recording(tmp_path_factory) -> Recording:
     root.mkdir()
     environment = os.environ | {"LD_PRELOAD": str(library), "RECORD_IO_ROOT": str(root), "RECORD_IO_LOG": str(log)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    run = subprocess.run([sys.executable, __file__, str(root)], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, __file__, str(root), *arguments], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return Recording(os.path.realpath(root), read_log(log))
 
@@ -448,6 +455,24 @@ def test_syncs_that_are_left_out_are_found_out(recording, checker, forgotten):
     print(f"found out with {checker.count} disks")
 
 
+def test_space_that_is_used_again_too_early_is_found_out(tmp_path, checker):
+    recording = record(tmp_path, "reuse early")
+    with pytest.raises(BrokenStoreError):
+        for image, allowed, where in sampled_disks(recording.records, recording.root, 4 * SAMPLES, strict=False):
+            checker.check(image, allowed, where)
+
+
+def reuse_early() -> None:
+    commit = DurableDrive.commit
+
+    def commit_over_the_last(self, name, *arguments) -> None:
+        if name in self._snapshots:
+            ops.release(self.handle, self._snapshots[name])
+        commit(self, name, *arguments)
+
+    DurableDrive.commit = commit_over_the_last
+
+
 def without_syncs(recording: Recording, name: str, after: str | None = None) -> Iterator[Record]:
     disk = Disk(recording.root)
     previous = None
@@ -475,4 +500,6 @@ def sampled_disks(records: list[Record], root: str, count: int, *, strict: bool)
 
 
 if __name__ == "__main__":
+    if "reuse early" in sys.argv:
+        reuse_early()
     workload(sys.argv[1])

@@ -97,7 +97,7 @@ Drive::Drive(const DriveOptions& options)
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
   } catch (...) {
-    close(file_.fd);
+    close_file(file_.fd);
     throw;
   }
 }
@@ -110,7 +110,7 @@ Drive::~Drive() {
   snapshots_.clear();
   engine_.reset();
   space_.reset();
-  close(file_.fd);
+  close_file(file_.fd);
 }
 
 void Drive::open_file() {
@@ -138,7 +138,7 @@ void Drive::open_file() {
     if (fstat(file_.fd, &info) != 0) throw io_error(file_.path, "looking at the file", errno);
     durable_file_bytes_ = durable ? info.st_size : 0;
   } catch (...) {
-    close(file_.fd);
+    close_file(file_.fd);
     throw;
   }
 }
