@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -137,45 +138,43 @@ void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t nu
 // What the catalogue knew is on the drive only. As much of it as there is room for is read now, to stay, and
 // not at every step. What cannot be read, or is damaged, is left to the pass that needs it.
 void Drive::bring_back(const Layer& layer) {
-  std::vector<Page*> run;
-  std::vector<iovec> segments;
-  int64_t bytes = 0;
-  const auto read_run = [&] {
-    if (run.empty()) return true;
-    brought_back_bytes_ += bytes;
-    bool sound = read_segments(run.front()->file_offset, segments) == 0;
-    for (size_t i = 0; i < run.size(); ++i) {
-      auto* memory = static_cast<uint8_t*>(segments[i].iov_base);
-      sound = sound && (!options_.checksums || crc32c(memory, run[i]->page_bytes()) == run[i]->checksum);
-      if (sound) {
-        run[i]->memory = memory;
-        run[i]->sealed = true;
-        candidates_.add(run[i]);
-      } else {
-        arena_->release(memory);
-      }
-    }
-    run.clear();
-    segments.clear();
-    bytes = 0;
-    return sound;
-  };
   for (const Row& row : layer.rows) {
-    for (const Ref<Page>& page : row.pages) {
-      if (page->memory != nullptr || !page->written) continue;
-      const bool adjacent = !run.empty() && page->file_offset == run.front()->file_offset + bytes;
-      if ((!adjacent || bytes >= kReadBytes) && !read_run()) return;
-      uint8_t* memory = arena_->allocate(page->page_bytes());
-      if (memory == nullptr) {  // no room is made for it: what is there has as good a right to stay
-        read_run();
-        return;
+    for (int64_t begin = row.first_page, end; begin < row.end_page(); begin = end) {
+      const int64_t bytes = adjacent_pages(row, begin, &end);
+      if (row.page(begin)->memory != nullptr || !row.page(begin)->written) continue;
+      auto* image = static_cast<uint8_t*>(page_image_.reserve(bytes));
+      if (read_bytes(row.page(begin)->file_offset, bytes, image) != 0) return;
+      brought_back_bytes_ += bytes;
+      for (int64_t index = begin; index < end; ++index) {
+        Page& page = *row.page(index);
+        const int64_t page_bytes = page.page_bytes();
+        if (page.memory == nullptr) {
+          if (options_.checksums && crc32c(image, page_bytes) != page.checksum) return;
+          page.memory = arena_->allocate(page_bytes);
+          if (page.memory == nullptr)
+            return;  // no room is made for it: what is there has as good a right to stay
+          std::memcpy(page.memory, image, static_cast<size_t>(page_bytes));
+          page.sealed = true;
+          candidates_.add(&page);
+        }
+        image += page_bytes;
       }
-      run.push_back(page.get());
-      segments.push_back({memory, static_cast<size_t>(page->page_bytes())});
-      bytes += page->page_bytes();
     }
   }
-  read_run();
+}
+
+// The pages of a row that lie side by side on the drive, from begin on and up to so many bytes. Returns
+// theirs.
+int64_t Drive::adjacent_pages(const Row& row, int64_t begin, int64_t* end) {
+  const Page& first = *row.page(begin);
+  const int64_t page_bytes = first.page_bytes();
+  int64_t bytes = page_bytes;
+  for (*end = begin + 1; *end < row.end_page() && bytes + page_bytes <= kReadBytes;
+       ++*end, bytes += page_bytes) {
+    const Page& next = *row.page(*end);
+    if (next.page_bytes() != page_bytes || next.file_offset != first.file_offset + bytes) break;
+  }
+  return bytes;
 }
 
 std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int64_t>& layer_ids) {
@@ -260,18 +259,11 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
     const Row& row = layer.rows[i];
     for (int64_t begin = row.first_page, end; begin < row.end_page(); begin = end) {
       const Page& first = *row.page(begin);
-      const int64_t page_bytes = first.page_bytes();
-      for (end = begin + 1; end < row.end_page(); ++end) {  // as many as lie side by side
-        const int64_t bytes = (end - begin) * page_bytes;
-        const Page& next = *row.page(end);
-        if (next.page_bytes() != page_bytes || next.file_offset != first.file_offset + bytes ||
-            bytes + page_bytes > kReadBytes) {
-          break;
-        }
-      }
+      const int64_t bytes = adjacent_pages(row, begin, &end);
       if (!first.written) continue;
-      auto* memory = static_cast<uint8_t*>(page_image_.reserve((end - begin) * page_bytes));
-      const bool apart = read_bytes(first.file_offset, (end - begin) * page_bytes, memory) != 0;
+      const int64_t page_bytes = first.page_bytes();
+      auto* memory = static_cast<uint8_t*>(page_image_.reserve(bytes));
+      const bool apart = read_bytes(first.file_offset, bytes, memory) != 0;
       for (int64_t index = begin; index < end; ++index) {
         const Page& page = *row.page(index);
         uint8_t* image = memory + (index - begin) * page_bytes;

@@ -586,14 +586,11 @@ void Drive::read_page(const Layer& layer, const PageUse& use, uint8_t* memory) {
 
 // 0 or an errno value.
 int Drive::read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory) {
-  return read_segments(file_offset, {{memory, static_cast<size_t>(bytes)}});
-}
-
-int Drive::read_segments(int64_t file_offset, const std::vector<iovec>& segments) {
+  iovec segment{memory, static_cast<size_t>(bytes)};
   IoRequest request;
   request.file_offset = file_offset;
-  request.segments = segments.data();
-  request.segment_count = static_cast<int>(segments.size());
+  request.segments = &segment;
+  request.segment_count = 1;
   const auto read = [&] {
     page_queue_->submit(request);
     std::vector<IoCompletion> completions;

@@ -185,8 +185,8 @@ class Drive {
   const uint8_t* page_image(const Layer& layer, const PageUse& use);
   void read_page(const Layer& layer, const PageUse& use, uint8_t* memory);
   int read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory);
-  int read_segments(int64_t file_offset, const std::vector<iovec>& segments);
   void bring_back(const Layer& layer);
+  static int64_t adjacent_pages(const Row& row, int64_t begin, int64_t* end);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;
