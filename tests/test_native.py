@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,25 @@ def test_what_is_read_from_files_is_checked(tmp_path):
     corpus = sorted(glob.glob("tests/native/corpus/*", root_dir=ROOT))
     run = subprocess.run([str(program), *corpus], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="no g++, or no make")
+@pytest.mark.parametrize("where", ["memory", "drive"])
+def test_whatever_fails_below_a_drive_nothing_is_lost_or_wrong(tmp_path, where):
+    """Every fault in the middle of every operation; on the drive, where that takes its time, of the longest ones."""
+    out = ROOT / "build" / "tests"  # kept, so that only what has changed is built
+    make = ["make", "-s", f"-j{os.cpu_count()}", "-f", "tests/native/Makefile", f"OUT={out}", f"{out}/test_faults"]
+    subprocess.run(make, cwd=ROOT, check=True)
+    if where == "drive":
+        directory, cases = tmp_path, ["decode", "durable"]
+    elif os.access("/dev/shm", os.W_OK):
+        directory, cases = Path(tempfile.mkdtemp(dir="/dev/shm")), []
+    else:
+        pytest.skip("no /dev/shm to write to")
+    run = subprocess.run([str(out / "test_faults"), str(directory), *cases], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    if where == "memory":
+        directory.rmdir()
 
 
 def has_sanitizers() -> bool:

@@ -44,7 +44,7 @@ class TailImages {
           extent = extents_.back().get();
         }
         PageEntry entry{extent->take(), page_bytes, crc32c(page->memory, page_bytes), page->quantised};
-        writer_->add_image(page, entry.file_offset);
+        writer_->add_image(page, entry.file_offset, extents_.back());
         entries_[page.get()] = entry;
         left--;
       }
@@ -142,8 +142,8 @@ void Drive::bring_back(const Layer& layer) {
     for (int64_t begin = row.first_page, end; begin < row.end_page(); begin = end) {
       const int64_t bytes = adjacent_pages(row, begin, &end);
       if (row.page(begin)->memory != nullptr || !row.page(begin)->written) continue;
-      auto* image = static_cast<uint8_t*>(page_image_.reserve(bytes));
-      if (read_bytes(row.page(begin)->file_offset, bytes, image) != 0) return;
+      const uint8_t* image = nullptr;
+      if (read_bytes(row.page(begin)->file_offset, bytes, &image) != 0) return;
       brought_back_bytes_ += bytes;
       for (int64_t index = begin; index < end; ++index) {
         Page& page = *row.page(index);
@@ -212,7 +212,11 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
     sync_data(file_.fd, file_.path);
     sync_failed_ = false;
   } catch (...) {
-    writer_->drain();  // the images' space is free from here on
+    try {
+      writer_->drain();  // appends may change what images are made of
+    } catch (const Error&) {
+      // The first error is the one to tell.
+    }
     throw;
   }
   std::vector<LayerTable> tables;
@@ -262,13 +266,13 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
       const int64_t bytes = adjacent_pages(row, begin, &end);
       if (!first.written) continue;
       const int64_t page_bytes = first.page_bytes();
-      auto* memory = static_cast<uint8_t*>(page_image_.reserve(bytes));
-      const bool apart = read_bytes(first.file_offset, bytes, memory) != 0;
+      const uint8_t* images = nullptr;
+      const bool apart = read_bytes(first.file_offset, bytes, &images) != 0;
       for (int64_t index = begin; index < end; ++index) {
         const Page& page = *row.page(index);
-        uint8_t* image = memory + (index - begin) * page_bytes;
+        const uint8_t* image = images + (index - begin) * page_bytes;
         // One that cannot be read must not hide the others.
-        const int error = apart ? read_bytes(page.file_offset, page_bytes, image) : 0;
+        const int error = apart ? read_bytes(page.file_offset, page_bytes, &image) : 0;
         if (error != 0 || crc32c(image, page_bytes) != page.checksum) {
           bad.push_back({static_cast<int64_t>(i), index, page.file_offset, error});
         }

@@ -349,10 +349,8 @@ const Ref<Page>& Drive::writable_tail(const Layer& layer, Row* row, std::vector<
     const PageUse use{&old, row - layer.rows.data(), index};
     if (old.quantised) {
       packer_->convert(page_image(layer, use), geometry.stored(), page->memory, geometry.full_precision());
-    } else if (old.memory != nullptr) {
-      std::memcpy(page->memory, old.memory, static_cast<size_t>(old.page_bytes()));
     } else {
-      read_page(layer, use, page->memory);
+      std::memcpy(page->memory, page_image(layer, use), static_cast<size_t>(old.page_bytes()));
     }
     replaced->push_back({row, index, std::move(row->pages.back())});
     row->pages.back() = std::move(page);
@@ -567,36 +565,37 @@ void Drive::settle_writes() {
 
 // A page's bytes, until the next call: where they are in memory, else read.
 const uint8_t* Drive::page_image(const Layer& layer, const PageUse& use) {
-  if (use.page->memory != nullptr) return use.page->memory;
-  auto* memory = static_cast<uint8_t*>(page_image_.reserve(use.page->page_bytes()));
-  read_page(layer, use, memory);
-  return memory;
-}
-
-void Drive::read_page(const Layer& layer, const PageUse& use, uint8_t* memory) {
   const Page& page = *use.page;
-  const int error = read_bytes(page.file_offset, page.page_bytes(), memory);
+  if (page.memory != nullptr) return page.memory;
+  const uint8_t* bytes = nullptr;
+  const int error = read_bytes(page.file_offset, page.page_bytes(), &bytes);
   if (error != 0) {
     throw unreadable_pages(file_.path, layer.number, &use, 1, page.file_offset, error);
   }
-  if (!options_.checksums) return;
-  const uint32_t found = crc32c(memory, page.page_bytes());
-  if (found != page.checksum) throw damaged_page(file_.path, layer.number, use, found);
+  if (options_.checksums) {
+    const uint32_t found = crc32c(bytes, page.page_bytes());
+    if (found != page.checksum) throw damaged_page(file_.path, layer.number, use, found);
+  }
+  return bytes;
 }
 
-// 0 or an errno value.
-int Drive::read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory) {
-  iovec segment{memory, static_cast<size_t>(bytes)};
+// 0, and the bytes until the next call, or an errno value. Into memory of our own, whatever it is for: where
+// the queue gives up waiting, it goes on being written to, and nobody else may have it.
+int Drive::read_bytes(int64_t file_offset, int64_t byte_count, const uint8_t** bytes) {
+  std::vector<IoCompletion> completions;
+  while (page_queue_->in_flight() > 0) page_queue_->reap(true, &completions);
+  page_segment_ = {page_image_.reserve(byte_count), static_cast<size_t>(byte_count)};
   IoRequest request;
   request.file_offset = file_offset;
-  request.segments = &segment;
+  request.segments = &page_segment_;
   request.segment_count = 1;
   const auto read = [&] {
+    completions.clear();
     page_queue_->submit(request);
-    std::vector<IoCompletion> completions;
     while (completions.empty()) page_queue_->reap(true, &completions);
     return completions.front().error;
   };
+  *bytes = static_cast<const uint8_t*>(page_segment_.iov_base);
   const int error = read();
   return error == EIO ? read() : error;  // the medium may give it the second time
 }

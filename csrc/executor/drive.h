@@ -183,8 +183,7 @@ class Drive {
   Evicted evict_one(bool tails_too = true);
   void seal(const Ref<Page>& page);
   const uint8_t* page_image(const Layer& layer, const PageUse& use);
-  void read_page(const Layer& layer, const PageUse& use, uint8_t* memory);
-  int read_bytes(int64_t file_offset, int64_t bytes, uint8_t* memory);
+  int read_bytes(int64_t file_offset, int64_t byte_count, const uint8_t** bytes);
   void bring_back(const Layer& layer);
   static int64_t adjacent_pages(const Row& row, int64_t begin, int64_t* end);
   void settle_writes();
@@ -212,7 +211,8 @@ class Drive {
   std::unique_ptr<Writer> writer_;
   std::unique_ptr<Packer> packer_;
   std::unique_ptr<IoQueue> page_queue_;  // for single pages read back into the tail
-  AlignedBuffer page_image_;             // one of those, of another layout than it will have
+  AlignedBuffer page_image_;             // what it reads into
+  iovec page_segment_{};
   AlignedBuffer scratch_;
 
   FairMutex mutex_;  // of everything here

@@ -251,7 +251,13 @@ void PageStream::start(Worker* worker, int slot, const ReadRun& run) {
   request.segment_count = 1;
   request.tag = static_cast<uint64_t>(slot);
   request.background = target.role == Slot::Role::kAhead;
-  worker->queue->submit(request);
+  try {
+    worker->queue->submit(request);
+  } catch (...) {
+    if (target.role == Slot::Role::kNeeded) worker->needed--;
+    release(slot);
+    throw;
+  }
   counters_.drive_read_bytes += run.bytes;
 }
 
@@ -333,7 +339,11 @@ void PageStream::land(Worker* worker, int slot, int error, Pass* pass) {
     run.read_ahead = false;
     run.retried = true;
     worker->needed++;
-    start(worker, slot, {run.file_offset, run.bytes, run.use_begin, run.use_end});
+    try {
+      start(worker, slot, {run.file_offset, run.bytes, run.use_begin, run.use_end});
+    } catch (const Error& refused) {
+      pass->fail(refused);  // not thrown: others landed with it
+    }
     return;
   }
   if (error != 0) {
@@ -450,6 +460,9 @@ void PageStream::end(Pass* pass) {
     }
   } catch (const Error&) {
     // Reading ahead failed; the pass did not.
+    for (Slot& slot : slots_) {
+      if (slot.state == Slot::State::kFree) slot.extents.clear();
+    }
   }
 }
 

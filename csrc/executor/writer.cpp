@@ -33,8 +33,9 @@ void Writer::add(const Ref<Page>& page, After after) {
   push(page);
 }
 
-void Writer::add_image(const Ref<Page>& page, int64_t file_offset) {
+void Writer::add_image(const Ref<Page>& page, int64_t file_offset, const Ref<Extent>& extent) {
   begin(file_offset, page->page_bytes(), After::kIsImage);
+  batch_.extents.push_back(extent);
   push(page);
 }
 
@@ -67,7 +68,13 @@ void Writer::flush() {
   const uint64_t tag = free_tags_.back();
   free_tags_.pop_back();
   requests_[tag] = std::exchange(batch_, Batch{});
-  submit(tag);
+  try {
+    submit(tag);
+  } catch (...) {
+    batch_ = std::exchange(requests_[tag], Batch{});  // for the next flush
+    free_tags_.push_back(tag);
+    throw;
+  }
 }
 
 void Writer::submit(uint64_t tag) {
@@ -88,8 +95,12 @@ void Writer::reap(bool wait) {
   queue_->reap(wait, &completions_);
   for (const IoCompletion& completion : completions_) {
     if (completion.error == EIO && !std::exchange(requests_[completion.tag].retried, true)) {
-      submit(completion.tag);  // the medium may take it the second time
-      continue;
+      try {
+        submit(completion.tag);  // the medium may take it the second time
+        continue;
+      } catch (const Error&) {
+        // Not even asked: as if it had not.
+      }
     }
     Batch request = std::exchange(requests_[completion.tag], Batch{});
     free_tags_.push_back(completion.tag);

@@ -24,9 +24,9 @@ class Writer {
   // Throws kNoSpace when the drive has no place; the page is then as before.
   void add(const Ref<Page>& page) { add(page, After::kLeaves); }
   void add_resident(const Ref<Page>& page) { add(page, After::kStays); }
-  // Queues a copy of the page at a place that is the caller's. The page knows nothing of it; nobody may
-  // change it before drain().
-  void add_image(const Ref<Page>& page, int64_t file_offset);
+  // Queues a copy of the page at a place of this extent, which is kept until it is written. The page knows
+  // nothing of it; nobody may change it before drain().
+  void add_image(const Ref<Page>& page, int64_t file_offset, const Ref<Extent>& extent);
   // Starts what add() still holds back to coalesce it.
   void flush();
   // Frees the memory of pages whose write is done. wait: blocks until at least one request is done.
@@ -53,6 +53,7 @@ class Writer {
     int64_t page_bytes = 0;
     std::vector<Ref<Page>> pages;
     std::vector<iovec> segments;
+    std::vector<Ref<Extent>> extents;  // of images
     bool retried = false;
   };
 
