@@ -104,9 +104,9 @@ const Ref<Extent>& Drive::extent_at(const std::vector<Ref<Extent>>& extents, int
 
 void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                           int64_t snapshot_id) {
+  check_layer(geometry, table.begin, table.rows, table.entries);
   create_layer(layer_id, geometry, number);
   std::lock_guard<FairMutex> lock(mutex_);
-  check_layer(geometry, table.begin, table.rows, table.entries);
   const auto held = snapshots_.find(snapshot_id);
   CSD_CHECK(held != snapshots_.end(), "restore_layer: no such snapshot");
   Layer layer = find(layer_id);
