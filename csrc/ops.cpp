@@ -630,7 +630,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def(
       "open(Tensor(a!) drive, str directory, str io_engine, str simd, int memory_budget, int threads, "
       "int queue_depth, int read_ahead, bool resident, bool checksums, int bytes_max, str durable_path, "
-      "str mode, Tensor store_id) -> ()");
+      "str durable_mode, Tensor store_id) -> ()");
   m.def("close(Tensor(a!) drive) -> ()");
   m.def(
       "create_layer(Tensor(a!) handle, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "

@@ -209,7 +209,7 @@ def test_a_directory_of_another_user_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_parent_that_is_missing_or_a_file_is_named(tmp_path):
-    with pytest.raises(StoreError, match="missing/torch_csd-durable: .*No such file or directory"):
+    with pytest.raises(StoreError, match="missing: no such directory; create it or name another"):
         StoreDirectory.create(tmp_path / "missing")
     (tmp_path / "file").touch()
     for method in (StoreDirectory.create, StoreDirectory.find):

@@ -534,6 +534,17 @@ def test_a_commit_that_finds_no_room_leaves_the_one_before(tmp_path):
     assert verify(tmp_path) == []
 
 
+def test_a_commit_writes_nothing_that_others_stored(tmp_path):
+    k = torch.full((1, 2, 1000, 16), 1.2345678)
+    with new_store(tmp_path) as store:
+        store.append(0, k, k)  # in memory, and never committed
+        store.free(0)
+        store.append(1, torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))
+        store.commit()
+    pages = (tmp_path / "torch_csd-durable" / "pages.csd").read_bytes()
+    assert k.flatten()[:1].numpy().tobytes() not in pages
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -580,3 +591,46 @@ def test_what_is_left_of_a_store_that_was_never_complete_is_replaced(tmp_path):
         store.commit()
     with open_store(tmp_path) as store:
         assert_same(store, {0: (k, v)})
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int4"])
+def test_what_is_opened_comes_back_into_memory_as_far_as_there_is_room(tmp_path, kv_dtype):
+    k, v = random_kv(2, 4, 64 * 20 + 5, 64)
+    with new_store(tmp_path, kv_dtype=kv_dtype) as store:
+        for layer in range(3):
+            store.append(layer, k, v)
+        store.commit()
+    q = torch.randn(2, 8, 1, 64)
+
+    def step(store):
+        before = store.stats()
+        out = [store.attend(layer, q)[0] for layer in range(3)]
+        after = store.stats()
+        assert after["memory_used_bytes"] <= after["memory_budget_bytes"]
+        return out, after["drive_read_bytes"] - before["drive_read_bytes"]
+
+    with KVStore.open(tmp_path, "a", memory_budget="128MiB", threads=1) as store:
+        first, read_bytes = step(store)
+        assert read_bytes > 0 and store.stats()["pages_on_drive"] == 0
+        second, read_again_bytes = step(store)
+        assert read_again_bytes == 0
+    with KVStore.open(tmp_path, "a", memory_budget="128MiB", threads=1, resident=False) as store:
+        cold, read_bytes = step(store)
+        assert step(store)[1] > 0 and store.stats()["pages_resident"] == 0
+    with KVStore.open(tmp_path, "a", memory_budget="4MiB", threads=1) as store:
+        small, read_bytes = step(store)
+        assert 0 < step(store)[1] <= read_bytes
+        store.append(0, k, v)
+        assert torch.equal(store.read(1)[0][:, :, -5:], k[:, :, -5:])
+    with KVStore.open(tmp_path, "a", memory_budget="128MiB", threads=1) as store:
+        store.attend(0, q)
+        store.append(0, k, v)
+        store.append(1, k, v)  # not attended to
+        store.commit()
+    assert verify(tmp_path) == []
+    for other in (second, cold, small):
+        for found, wanted in zip(other, first, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

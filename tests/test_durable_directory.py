@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torch_csd
-from torch_csd import KVStore, StoreBusyError, StoreCorruptError, StoreError
+from torch_csd import KVStore, StoreBusyError, StoreCorruptError, StoreError, ops
 from torch_csd.catalogue import Catalogue, page_spans
 from torch_csd.durable import Verification, remove_sequences, survey
 from torch_csd.store import PrefixMatch
@@ -250,3 +250,29 @@ def test_a_closed_catalogue_leaves_nothing_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
     with Catalogue.open(tmp_path / "torch_csd-durable" / "catalogue.sqlite") as catalogue:
         assert catalogue.names() == ["a"]
+
+
+def test_a_header_is_read_by_itself(tmp_path):
+    keep(tmp_path, "a")
+    pages = tmp_path / "torch_csd-durable" / "pages.csd"
+    with Catalogue.open(pages.with_name("catalogue.sqlite"), read_only=True) as catalogue:
+        assert ops.read_header(str(pages)) == (True, catalogue.store_id)
+    with KVStore(tmp_path, memory_budget="4MiB"):
+        descriptors = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        (scratch,) = [p for p in descriptors if os.path.lexists(p) and os.readlink(p).startswith(f"{tmp_path}/")]
+        assert ops.read_header(scratch) == (False, bytes(16))
+    head = pages.read_bytes()[:4096]
+    for bad, reason in (
+        (head[:40], "cut short: 40 bytes"),
+        (b"NOTAPOOL" + head[8:], "does not begin with CSDPOOL"),
+        (head[:8] + b"\3" + head[9:], "version 3 of the format; this torch_csd reads version 2"),
+        (head[:12] + b"\0" + head[13:], "byte order mark"),
+        (head[:30] + b"\1" + head[31:], "checksum of its header"),
+    ):
+        (tmp_path / "bad.csd").write_bytes(bad)
+        with pytest.raises(StoreError, match=reason):
+            ops.read_header(str(tmp_path / "bad.csd"))
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, tmp_path / "none"):
+        with pytest.raises(StoreError, match=str(path)):
+            ops.read_header(str(path))

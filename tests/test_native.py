@@ -31,6 +31,7 @@ def test_io_engines_survive_short_transfers_and_refusals(tmp_path, liburing):
     sources = [
         "tests/native/test_io.cpp",
         "csrc/base/error.cpp",
+        "csrc/base/own_descriptors.cpp",
         *sorted(glob.glob("csrc/io/*.cpp", root_dir=ROOT)),
     ]
     flags = ["-DCSD_HAVE_LIBURING", "-luring", "-ldl"] if liburing else []

@@ -21,13 +21,19 @@ def stored(make_store):
     return store, k, v
 
 
+OPEN_SETTINGS = ("auto", "auto", 2**20, 1, 4, -1, True, True, 0, "", "", torch.zeros(16, dtype=torch.uint8))
+
+# Those that drive.py calls between forwards: no graph has them, so they have no fakes.
+UNTRACED = {"adopt", "restore_layer", "commit", "release", "verify", "shrink", "check_room", "read_header"}
+
+
 def op_calls(store, directory):
     handle, drive = store.layer(0).handle, store._drive.handle
     q = torch.randn(2, 4, 3, 16)
     mask = torch.rand(2, 1, 3, 130) > 0.2
     k, v = random_kv(2, 2, 3, 16, 24)
     return {
-        "open": (torch.tensor([10**6, -1, -1]), directory, "auto", "auto", 2**20, 1, 4, -1, True, True),
+        "open": (torch.tensor([10**6, -1, -1]), directory, *OPEN_SETTINGS),
         "probe": (directory, "auto"),
         "supported_simd": (),
         "create_layer": (torch.tensor([int(drive[0]), 10**6, -1]), 2, 16, 24, torch.float32, 0, 3),
@@ -51,7 +57,7 @@ def op_calls(store, directory):
 def test_every_op_is_listed_here(stored, tmp_path):
     schemas = torch._C._jit_get_all_schemas()
     registered = {schema.name.split("::")[1] for schema in schemas if schema.name.startswith("torch_csd::")}
-    assert registered == set(op_calls(stored[0], str(tmp_path)))
+    assert registered == set(op_calls(stored[0], str(tmp_path))) | UNTRACED
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ VERSION = 1
 STORE_ID_BYTES = 16
 
 NAME_LENGTH_MAX = 200
+WRITES_TIMEOUT_S = 60.0  # an NVMe drive is given 30 s before the kernel resets it
 BUSY_TIMEOUT_S = 5.0  # a commit takes milliseconds; one that takes longer than this is worth telling
 
 _FIRST_LOOK_BYTES = 4096  # most sequences differ from another within their first thousand tokens
@@ -229,6 +230,8 @@ class StoreDirectory:
         parent = os.path.abspath(os.fspath(directory))
         path = os.path.join(parent, DIRECTORY_NAME)
         with _os_errors(path, "cannot make this directory"):
+            if not os.path.lexists(parent):
+                raise StoreError(f"{parent}: no such directory; create it or name another")
             try:
                 os.mkdir(path, 0o700)
                 os.chmod(path, 0o700)  # whatever the umask took away
@@ -308,6 +311,31 @@ class StoreDirectory:
                 raise StoreCorruptError(f"{self.pages_path}: the file of pages is missing; put it back") from None
         _check_is_ours(self.pages_path, status)
         return status.st_size
+
+    def await_writes(self) -> None:
+        """Returns when the kernel is done with what a killed writer had begun to write to the file of pages.
+
+        The writer's own lock is free as soon as its process is gone; what it had in flight goes on, for 0.2 s and more.
+        The file of pages has a lock that lasts as long as that.
+
+        Raises:
+            StoreBusyError: it is not done after long.
+        """
+        try:
+            descriptor = os.open(self.pages_path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return  # whoever opens the file says more
+        try:
+            deadline_s = time.monotonic() + WRITES_TIMEOUT_S
+            while not _try_lock(descriptor, fcntl.LOCK_SH, self.pages_path):
+                if time.monotonic() > deadline_s:
+                    raise StoreBusyError(
+                        f"{self.pages_path}: writes of a process that is gone were on their way for "
+                        f"{WRITES_TIMEOUT_S:g} s; look at the drive, or try again"
+                    )
+                time.sleep(0.002)
+        finally:
+            os.close(descriptor)
 
     def lock_reader(self) -> None:
         """Tells writers that what the catalogue names now must stay. Any number may hold it.

@@ -135,6 +135,8 @@ class DurableDrive(Drive):
         self.damaged: dict[str, StoreCorruptError] = {}  # by name: sequences that cannot be opened
         directory.lock_reader() if read_only else directory.lock_writer()
         try:
+            if not read_only:
+                directory.await_writes()
             if not read_only and not os.path.lexists(directory.catalogue_path):
                 # Of a process that ended while it made the store: the catalogue comes last.
                 if os.path.lexists(directory.pages_path):

@@ -63,6 +63,14 @@ uint32_t update_serial(uint32_t state, const uint8_t* bytes, int64_t byte_count)
 
 #if defined(__x86_64__)
 
+constexpr int64_t kLineBytes = 64;
+
+// What a drive has just delivered comes from memory, and the processor itself fetches ahead no further than
+// to the end of 4 KiB: sse42 then runs at 14 instead of 24 GB/s.
+inline void fetch_ahead(const uint8_t* bytes) {
+  _mm_prefetch(reinterpret_cast<const char*>(bytes + 4096), _MM_HINT_T0);
+}
+
 // ---- sse42: four stripes at once, as the instruction takes three cycles and can begin in each ----
 
 #define CSD_SSE42 __attribute__((target("sse4.2,pclmul")))
@@ -83,11 +91,14 @@ CSD_SSE42 uint32_t update_sse42(uint32_t state, const uint8_t* bytes, int64_t by
   constexpr uint32_t kPast3 = x_to_the(24 * kStripeBytes - 33);
   for (; byte_count >= 4 * kStripeBytes; bytes += 4 * kStripeBytes, byte_count -= 4 * kStripeBytes) {
     uint64_t a = state, b = 0, c = 0, d = 0;
-    for (int64_t i = 0; i < kStripeBytes; i += 8) {
-      a = _mm_crc32_u64(a, load_word(bytes + i));
-      b = _mm_crc32_u64(b, load_word(bytes + i + kStripeBytes));
-      c = _mm_crc32_u64(c, load_word(bytes + i + 2 * kStripeBytes));
-      d = _mm_crc32_u64(d, load_word(bytes + i + 3 * kStripeBytes));
+    for (int64_t line = 0; line < kStripeBytes; line += kLineBytes) {
+      for (int stripe = 0; stripe < 4; ++stripe) fetch_ahead(bytes + line + stripe * kStripeBytes);
+      for (int64_t i = line; i < line + kLineBytes; i += 8) {
+        a = _mm_crc32_u64(a, load_word(bytes + i));
+        b = _mm_crc32_u64(b, load_word(bytes + i + kStripeBytes));
+        c = _mm_crc32_u64(c, load_word(bytes + i + 2 * kStripeBytes));
+        d = _mm_crc32_u64(d, load_word(bytes + i + 3 * kStripeBytes));
+      }
     }
     const uint64_t before = times_x_to(a, kPast3) ^ times_x_to(b, kPast2) ^ times_x_to(c, kPast1);
     state = static_cast<uint32_t>(_mm_crc32_u64(0, before) ^ d);
@@ -102,8 +113,6 @@ CSD_SSE42 uint32_t update_sse42(uint32_t state, const uint8_t* bytes, int64_t by
 // ---- avx512: lines of 64 bytes, added to later ones as what is equal to them mod P there ----
 
 #define CSD_AVX512 __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.2")))
-
-constexpr int64_t kLineBytes = 64;
 
 // For lines that move on by n bits: {x_to_the(n + 63), x_to_the(n - 1)}, for the two words of every 128 bits,
 // the first of which has 64 bits more behind it. Their products stand one place too low in 128 bits, hence 1
@@ -134,6 +143,7 @@ CSD_AVX512 uint32_t update_avx512(uint32_t state, const uint8_t* bytes, int64_t 
     bytes += kLines * kLineBytes;
     byte_count -= kLines * kLineBytes;
     if (byte_count < kLines * kLineBytes) break;
+    for (int64_t line = 0; line < kLines; ++line) fetch_ahead(bytes + line * kLineBytes);
     a = fold(a, past_block, load(0));
     b = fold(b, past_block, load(1));
     c = fold(c, past_block, load(2));

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -15,7 +16,7 @@ namespace csd {
 namespace {
 
 constexpr int64_t kImageExtentBytesMax = int64_t{8} << 20;
-constexpr int64_t kVerifyBytes = int64_t{4} << 20;  // read at once
+constexpr int64_t kReadBytes = int64_t{4} << 20;  // at once, to verify or to stay
 
 std::string text(int64_t value) { return std::to_string(value); }
 
@@ -103,9 +104,9 @@ const Ref<Extent>& Drive::extent_at(const std::vector<Ref<Extent>>& extents, int
 
 void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t number, const LayerTable& table,
                           int64_t snapshot_id) {
+  check_layer(geometry, table.begin, table.rows, table.entries);
   create_layer(layer_id, geometry, number);
   std::lock_guard<FairMutex> lock(mutex_);
-  check_layer(geometry, table.begin, table.rows, table.entries);
   const auto held = snapshots_.find(snapshot_id);
   CSD_CHECK(held != snapshots_.end(), "restore_layer: no such snapshot");
   Layer layer = find(layer_id);
@@ -130,7 +131,50 @@ void Drive::restore_layer(int64_t layer_id, const Geometry& geometry, int64_t nu
     }
     layer.rows.push_back(std::move(row));
   }
+  layer.restored = true;
   layers_[layer_id] = std::move(layer);
+}
+
+// What the catalogue knew is on the drive only. As much of it as there is room for is read now, to stay, and
+// not at every step. What cannot be read, or is damaged, is left to the pass that needs it.
+void Drive::bring_back(const Layer& layer) {
+  for (const Row& row : layer.rows) {
+    for (int64_t begin = row.first_page, end; begin < row.end_page(); begin = end) {
+      const int64_t bytes = adjacent_pages(row, begin, &end);
+      if (row.page(begin)->memory != nullptr || !row.page(begin)->written) continue;
+      const uint8_t* image = nullptr;
+      if (read_bytes(row.page(begin)->file_offset, bytes, &image) != 0) return;
+      brought_back_bytes_ += bytes;
+      for (int64_t index = begin; index < end; ++index) {
+        Page& page = *row.page(index);
+        const int64_t page_bytes = page.page_bytes();
+        if (page.memory == nullptr) {
+          if (options_.checksums && crc32c(image, page_bytes) != page.checksum) return;
+          page.memory = arena_->allocate(page_bytes);
+          if (page.memory == nullptr)
+            return;  // no room is made for it: what is there has as good a right to stay
+          std::memcpy(page.memory, image, static_cast<size_t>(page_bytes));
+          page.sealed = true;
+          candidates_.add(&page);
+        }
+        image += page_bytes;
+      }
+    }
+  }
+}
+
+// The pages of a row that lie side by side on the drive, from begin on and up to so many bytes. Returns
+// theirs.
+int64_t Drive::adjacent_pages(const Row& row, int64_t begin, int64_t* end) {
+  const Page& first = *row.page(begin);
+  const int64_t page_bytes = first.page_bytes();
+  int64_t bytes = page_bytes;
+  for (*end = begin + 1; *end < row.end_page() && bytes + page_bytes <= kReadBytes;
+       ++*end, bytes += page_bytes) {
+    const Page& next = *row.page(*end);
+    if (next.page_bytes() != page_bytes || next.file_offset != first.file_offset + bytes) break;
+  }
+  return bytes;
 }
 
 std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int64_t>& layer_ids) {
@@ -219,21 +263,14 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
     const Row& row = layer.rows[i];
     for (int64_t begin = row.first_page, end; begin < row.end_page(); begin = end) {
       const Page& first = *row.page(begin);
-      const int64_t page_bytes = first.page_bytes();
-      for (end = begin + 1; end < row.end_page(); ++end) {  // as many as lie side by side
-        const int64_t bytes = (end - begin) * page_bytes;
-        const Page& next = *row.page(end);
-        if (next.page_bytes() != page_bytes || next.file_offset != first.file_offset + bytes ||
-            bytes + page_bytes > kVerifyBytes) {
-          break;
-        }
-      }
+      const int64_t bytes = adjacent_pages(row, begin, &end);
       if (!first.written) continue;
-      const uint8_t* bytes = nullptr;
-      const bool apart = read_bytes(first.file_offset, (end - begin) * page_bytes, &bytes) != 0;
+      const int64_t page_bytes = first.page_bytes();
+      const uint8_t* images = nullptr;
+      const bool apart = read_bytes(first.file_offset, bytes, &images) != 0;
       for (int64_t index = begin; index < end; ++index) {
         const Page& page = *row.page(index);
-        const uint8_t* image = bytes + (index - begin) * page_bytes;
+        const uint8_t* image = images + (index - begin) * page_bytes;
         // One that cannot be read must not hide the others.
         const int error = apart ? read_bytes(page.file_offset, page_bytes, &image) : 0;
         if (error != 0 || crc32c(image, page_bytes) != page.checksum) {

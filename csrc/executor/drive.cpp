@@ -97,7 +97,7 @@ Drive::Drive(const DriveOptions& options)
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
   } catch (...) {
-    close(file_.fd);
+    close_file(file_.fd);
     throw;
   }
 }
@@ -110,7 +110,7 @@ Drive::~Drive() {
   snapshots_.clear();
   engine_.reset();
   space_.reset();
-  close(file_.fd);
+  close_file(file_.fd);
 }
 
 void Drive::open_file() {
@@ -138,7 +138,7 @@ void Drive::open_file() {
     if (fstat(file_.fd, &info) != 0) throw io_error(file_.path, "looking at the file", errno);
     durable_file_bytes_ = durable ? info.st_size : 0;
   } catch (...) {
-    close(file_.fd);
+    close_file(file_.fd);
     throw;
   }
 }
@@ -355,6 +355,8 @@ const Ref<Page>& Drive::writable_tail(const Layer& layer, Row* row, std::vector<
     replaced->push_back({row, index, std::move(row->pages.back())});
     row->pages.back() = std::move(page);
   } else {
+    // Slots that are still empty when a commit writes the page must not hold what others stored here before.
+    std::memset(page->memory, 0, static_cast<size_t>(page->page_bytes()));
     if (row->pages.empty()) row->first_page = index;
     row->pages.push_back(std::move(page));
   }
@@ -749,10 +751,11 @@ void Drive::check_mask(const Layer& layer, const AttendRequest& request) const {
 void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(layer_id);
+  Layer& layer = find(layer_id);
   if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
   check_span(layer, epoch, request.span);
   check_mask(layer, request);
+  if (std::exchange(layer.restored, false) && options_.resident) bring_back(layer);
   csd::attend(context({layer_id, PassKind::kAttend}), layer, request);
   attend_calls_++;
 }
@@ -833,7 +836,7 @@ std::string Drive::stats_json() {
                  arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
   json += number("metadata_bytes", table_memory_.bytes());
   json += number("staging_bytes", stream_->staging_bytes());
-  json += number("drive_read_bytes", counters.drive_read_bytes);
+  json += number("drive_read_bytes", counters.drive_read_bytes + brought_back_bytes_);
   json += number("read_ahead_bytes", counters.read_ahead_bytes);
   json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);
   json += number("resident_read_bytes", counters.resident_read_bytes);

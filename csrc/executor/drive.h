@@ -184,6 +184,8 @@ class Drive {
   void seal(const Ref<Page>& page);
   const uint8_t* page_image(const Layer& layer, const PageUse& use);
   int read_bytes(int64_t file_offset, int64_t byte_count, const uint8_t** bytes);
+  void bring_back(const Layer& layer);
+  static int64_t adjacent_pages(const Row& row, int64_t begin, int64_t* end);
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;
@@ -221,6 +223,7 @@ class Drive {
   int64_t durable_file_bytes_ = 0;
   bool sync_failed_ = false;  // no later one can be trusted
 
+  int64_t brought_back_bytes_ = 0;
   int64_t attend_calls_ = 0;
   int64_t appended_tokens_ = 0;
   int64_t tail_spills_ = 0;  // tails that had to leave memory

@@ -105,7 +105,13 @@ enum class DurableMode : uint8_t {
 // Engine and mode are found as for scratch files, in a scratch file beside it, since nothing may be written
 // here; where nothing can be written beside it either (read only, or a full drive), by reading its first
 // block, which a file that was made has (kCorrupt if not).
+//
+// A file that is opened to be written is locked, by flock(LOCK_EX): free is a file that no write of a process
+// that was killed is on its way to. kStore if it is not. A forked child does not have the lock.
 OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode);
+
+// Closes what these opened, and lets go of its lock.
+void close_file(int fd);
 
 // Returns when what was written to the file is on the drive, whatever happens to the machine then. After an
 // error all that was written since the last success must be written again: the kernel forgets what it could

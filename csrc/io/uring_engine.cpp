@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/own_descriptors.h"
 #include "io/engines.h"
 #include "io/transfer.h"
 
@@ -77,6 +78,14 @@ struct Refused {
 void open_ring(int depth, io_uring* ring) {
   const int result = io_uring_queue_init(static_cast<unsigned>(depth), ring, kSetupFlags);
   if (result < 0) throw Refused{setup_failure_text(-result)};
+  // A ring keeps the file that is registered with it. In a forked child neither descriptor nor mapping stays.
+  keep_from_children(ring->ring_fd);
+  io_uring_ring_dontfork(ring);
+}
+
+void close_ring(io_uring* ring) {
+  forget_descriptor(ring->ring_fd);
+  io_uring_queue_exit(ring);
 }
 
 bool passing(int errno_value) {
@@ -153,7 +162,7 @@ class UringQueue : public IoQueue {
       if (!registered_.empty()) io_uring_unregister_buffers(&ring_);
       if (file_registered_) io_uring_unregister_files(&ring_);
     }
-    io_uring_queue_exit(&ring_);
+    close_ring(&ring_);
   }
 
   void submit(const IoRequest& request) override {
@@ -387,7 +396,7 @@ class UringEngine : public IoEngine {
     } catch (const Refused& refused) {
       throw Error(ErrorKind::kStore, refused.why);
     }
-    io_uring_queue_exit(&ring);
+    close_ring(&ring);
   }
 
   const char* name() const override { return successor_.reason() == nullptr ? "io_uring" : "pread"; }

@@ -93,7 +93,8 @@ struct Layer {
   int64_t begin = 0;  // tokens before it were dropped (sliding windows)
   int64_t epoch =
       0;  // changes whenever a token that could be read before cannot be read at its place any more
-  int64_t number = -1;  // the caller's, for errors to name; -1: it gave none
+  int64_t number = -1;    // the caller's, for errors to name; -1: it gave none
+  bool restored = false;  // from a catalogue, and not attended to yet
 };
 
 }  // namespace csd

@@ -335,7 +335,7 @@ def test_nothing_is_left_in_the_directory(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_a_drive_that_fills_up_in_the_middle_of_a_forward_leaves_the_cache_as_it_was(tmp_path):
+def test_a_drive_that_fills_up_in_the_middle_of_a_forward_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]).returncode != 0:
         pytest.skip("mount refused (container without CAP_SYS_ADMIN)")
     try:
@@ -347,6 +347,10 @@ def test_a_drive_that_fills_up_in_the_middle_of_a_forward_leaves_the_cache_as_it
                 held = [layer.keys.to_dense() for layer in cache.layers]
                 more = prompts(6000, 6000)
                 more["attention_mask"] = torch.ones(2, 6200, dtype=torch.long)
+                with pytest.raises(torch_csd.StoreFullError, match="wanted room for"):
+                    model(**more, past_key_values=cache)  # refused at once
+                # As if another process took the room after that.
+                monkeypatch.setattr(cache.store, "check_room", lambda *args, **kwargs: None)
                 with pytest.raises(torch_csd.StoreFullError, match="No space left"):
                     model(**more, past_key_values=cache)
                 assert [layer.get_seq_length() for layer in cache.layers] == [200] * len(held)

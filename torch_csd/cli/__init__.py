@@ -66,10 +66,20 @@ def generate(
         Path | None,
         typer.Option(
             help="Directory for the KV cache, best on an NVMe drive. Default: $TORCH_CSD_DIRECTORY, else the "
-            "temporary directory. Nothing is left in it.",
+            "temporary directory. Nothing is left in it, but for --durable.",
             metavar="DIR",
         ),
     ] = None,
+    durable: Annotated[
+        bool,
+        typer.Option(
+            "--durable",
+            help="Keep the KV cache of each prompt (all but its last token) in --kv-dir, and begin with what is kept "
+            "there already: the longest beginning that any kept prompt of this model, --dtype and --kv-dtype shares. "
+            "The same prompt again is read, not computed. With --prefill-chunk-size a long one is kept every half "
+            "minute while it is read in. Sequences pile up: see inspect, rm and gc.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate for each row, at most.")
     ] = 128,
@@ -131,6 +141,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            durable=durable,
         )
         raise typer.Exit(run(settings, prompts_file=prompts, prompt_texts=prompt or [], output=output))
     except UserError as error:
@@ -154,15 +165,68 @@ def probe(
         fail(error)
 
 
+StoreDirectory = Annotated[Path, typer.Argument(help="A directory that stores use.", metavar="DIR")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+
+
 @app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="A directory that stores use.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Show what stores keep in a directory: pool files, and the scratch files of running processes."""
-    from torch_csd.cli.drive import show_contents
+def inspect(directory: StoreDirectory, as_json: AsJson = False) -> None:
+    """Show what stores keep in a directory: durable sequences, and the scratch files of running processes.
+
+    Works while a process writes there, and keeps nobody from it. What is damaged is said, as far as that can be
+    seen without reading pages: see verify.
+    """
+    from torch_csd.cli.store import show_contents
 
     try:
         show_contents(directory, as_json=as_json)
+    except UserError as error:
+        fail(error)
+
+
+@app.command()
+def verify(
+    directory: StoreDirectory,
+    name: Annotated[str | None, typer.Option(help="Only this sequence. Default: all.", metavar="NAME")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every page of the durable sequences and compare it with its checksum.
+
+    Works while a process writes there. Exit code: 0 all is well, 1 something is damaged, 2 there is nothing to look at.
+    """
+    from torch_csd.cli.store import verify_pages
+
+    try:
+        raise typer.Exit(verify_pages(directory, name, as_json=as_json))
+    except UserError as error:
+        fail(error)
+
+
+@app.command()
+def rm(
+    directory: StoreDirectory,
+    names: Annotated[list[str], typer.Argument(help="Sequences, as inspect shows them.", metavar="NAME")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, on a terminal either.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove durable sequences, damaged or not: all that are named, or none if one of them is not there.
+
+    Their space serves other sequences from then on; gc gives it back to the file system.
+    """
+    from torch_csd.cli.store import remove
+
+    try:
+        raise typer.Exit(remove(directory, names, without_asking=yes, as_json=as_json))
+    except UserError as error:
+        fail(error)
+
+
+@app.command()
+def gc(directory: StoreDirectory, as_json: AsJson = False) -> None:
+    """Give the unused end of a directory's file of pages back to the file system."""
+    from torch_csd.cli.store import give_back
+
+    try:
+        give_back(directory, as_json=as_json)
     except UserError as error:
         fail(error)

@@ -1,11 +1,8 @@
-"""`torch-csd probe` and `inspect`: how a directory's drive is reached, and what stores keep there."""
+"""`torch-csd probe`: how a directory's drive is reached."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import struct
 import time
 from pathlib import Path
 
@@ -18,23 +15,6 @@ from torch_csd.cli.report import UserError, format_bytes, one_line
 
 MEASURED_BYTES = 128 << 20
 MEASURED_ROUNDS = 3
-
-# csrc/store/FORMAT.md: the header at offset 0 of a pool file.
-POOL_MAGIC = b"CSDPOOL\0"
-POOL_HEADER = struct.Struct("<8sIIIIIIQ")
-POOL_FIELDS = (
-    "magic",
-    "version",
-    "byte_order",
-    "header_bytes",
-    "page_tokens",
-    "block_bytes",
-    "lifetime",
-    "data_offset",
-)
-POOL_BYTE_ORDER_MARK = 0x01020304
-POOL_VERSION = 1
-POOL_LIFETIMES = {0: "scratch", 1: "durable"}
 
 
 def show_probe(directory: Path, *, measure: bool, as_json: bool) -> None:
@@ -91,109 +71,3 @@ def measure_rates(directory: Path) -> dict[str, int]:
             elapsed_s = time.perf_counter() - start_s
             read_rates.append((store.stats()["drive_read_bytes"] - before_bytes) / elapsed_s)
     return {"write_bytes_per_s": int(write_rate), "read_bytes_per_s": int(max(read_rates))}
-
-
-def show_contents(directory: Path, *, as_json: bool) -> None:
-    """Prints the pool files in a directory and the scratch files that processes have open there.
-
-    Raises:
-        UserError: it is not a directory that can be read.
-    """
-    try:
-        pools = [describe_pool(path) for path in sorted(directory.glob("*.csd"))]
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory")
-        os.listdir(directory)
-        free_bytes = shutil.disk_usage(directory).free
-    except OSError as error:
-        raise UserError(f"{directory}: {error.strerror}") from None
-    scratch = open_scratch_files(directory)
-    if as_json:
-        contents = {
-            "directory": str(directory.resolve()),
-            "free_bytes": free_bytes,
-            "pools": pools,
-            "scratch": scratch,
-        }
-        print(json.dumps(contents, indent=2))
-        return
-    console = Console(highlight=False)
-    console.print(f"{directory.resolve()}: {format_bytes(free_bytes)} free", soft_wrap=True)
-    if pools:
-        table = Table("pool file", "size", "version", "lifetime", "page", "state", box=None, padding=(0, 2, 0, 0))
-        for pool in pools:
-            header = pool["header"] or {}
-            table.add_row(
-                pool["name"],
-                format_bytes(pool["file_bytes"]),
-                str(header.get("version", "")),
-                header.get("lifetime", ""),
-                f"{header['page_tokens']} tokens" if header else "",
-                "ok" if header else f"[red]{pool['error']}[/]",
-            )
-        console.print(table)
-    if scratch:
-        table = Table("process", "command", "scratch file on disk", box=None, padding=(0, 2, 0, 0))
-        for file in scratch:
-            table.add_row(str(file["process"]), file["command"], format_bytes(file["allocated_bytes"]))
-        console.print(table)
-    if not pools:
-        console.print("no pool files (*.csd)" + ("" if scratch else "; no scratch store is open here"))
-    console.print("scratch stores leave nothing behind: their files have no name and go with their process")
-
-
-def describe_pool(path: Path) -> dict:
-    """`name`, `file_bytes`, and `header`; or `error` in place of a header that is not one."""
-    description: dict = {"name": path.name, "file_bytes": 0, "header": None, "error": None}
-    try:
-        description["file_bytes"] = path.stat().st_size
-        with open(path, "rb") as file:
-            description["header"] = parse_pool_header(file.read(POOL_HEADER.size))
-    except (OSError, ValueError) as error:
-        description["error"] = str(error)
-    return description
-
-
-def parse_pool_header(head: bytes) -> dict:
-    """The header's fields by name.
-
-    Raises:
-        ValueError: the bytes are not a pool file's first.
-    """
-    if len(head) < POOL_HEADER.size:
-        raise ValueError(f"cut short: {len(head)} bytes, less than a header")
-    fields = dict(zip(POOL_FIELDS, POOL_HEADER.unpack(head), strict=True))
-    if fields.pop("magic") != POOL_MAGIC:
-        raise ValueError("not a pool file: it does not begin with CSDPOOL")
-    if fields.pop("byte_order") != POOL_BYTE_ORDER_MARK:
-        raise ValueError("damaged: its byte order mark is wrong")
-    if fields["version"] != POOL_VERSION:
-        raise ValueError(f"version {fields['version']}; this torch_csd reads version {POOL_VERSION}")
-    if fields["lifetime"] not in POOL_LIFETIMES:
-        raise ValueError(f"damaged: lifetime {fields['lifetime']}")
-    fields["lifetime"] = POOL_LIFETIMES[fields["lifetime"]]
-    return fields
-
-
-def open_scratch_files(directory: Path) -> list[dict]:
-    """Scratch files that running processes have in a directory: `process`, `command`, `allocated_bytes`.
-
-    Those of other users are left out: only root may look.
-    """
-    prefix = str(directory.resolve()).rstrip("/") + "/"
-    found = []
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            target = os.readlink(descriptor)
-            if not target.startswith(prefix) or not target.endswith(" (deleted)") or "/" in target[len(prefix) :]:
-                continue
-            with open(descriptor, "rb") as file:
-                if file.read(len(POOL_MAGIC)) != POOL_MAGIC:
-                    continue
-                allocated_bytes = os.fstat(file.fileno()).st_blocks * 512
-            process = descriptor.parts[2]
-            command = Path("/proc", process, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # another user's, or gone meanwhile
-            continue
-        found.append({"process": int(process), "command": command.strip(), "allocated_bytes": allocated_bytes})
-    return sorted(found, key=lambda file: file["process"])

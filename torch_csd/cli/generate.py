@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import secrets
 import time
 import warnings
 import zlib
@@ -17,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_csd import KVStore, StorageCache, StoreError, swap_attention
+from torch_csd import KVStore, StorageCache, StoreError, fingerprint, swap_attention
 from torch_csd.cli.report import UserError, count, format_bytes, one_line, say, stderr_console
 from torch_csd.cli.rows import OutputRows, Prompt, read_prompts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMMIT_INTERVAL_S = 30.0  # of a long prefill: what a kill costs at the most; a commit takes a fraction of a second
 MOVED_BYTES = ("drive_read_bytes", "resident_read_bytes", "drive_written_bytes")
 
 
@@ -41,6 +45,7 @@ class Settings:
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
+    durable: bool = False
 
     @property
     def do_sample(self) -> bool:
@@ -97,6 +102,8 @@ def run(settings: Settings, *, prompts_file: Path | None, prompt_texts: list[str
                     go_on = "; the same command goes on from there" if output else ""
                     say(f"interrupted after {count(job.done_count, 'row')}{go_on}")
                     return 130
+                finally:
+                    job.close()
             say(job.summary())
     if failed_count:
         where = f"; their errors are in {output}" if output else ""
@@ -120,10 +127,20 @@ def _check(settings: Settings) -> None:
     looks_like_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
     if looks_like_path and not Path(settings.model).is_dir():
         raise UserError(f"--model {settings.model}: no such directory")
+    if settings.durable and settings.kv_dir is None:
+        raise UserError("--durable needs --kv-dir DIR: what is kept must be found again")
+    if settings.durable and (settings.batch_size > 1 or settings.num_beams > 1):
+        raise UserError("--durable keeps one prompt at a time; it goes with --batch-size 1 and --num-beams 1 only")
+    kept = {"durable": True, "name": _unused_name()} if settings.durable else {}
     try:
-        KVStore(settings.kv_dir, memory_budget=settings.memory_budget, kv_dtype=settings.kv_dtype).close()
+        KVStore(settings.kv_dir, memory_budget=settings.memory_budget, kv_dtype=settings.kv_dtype, **kept).close()
     except (StoreError, ValueError) as error:
         raise UserError(one_line(error)) from None
+
+
+def _unused_name() -> str:
+    """For a sequence that is never committed."""
+    return f"generate-{secrets.token_hex(8)}"
 
 
 def load(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -150,7 +167,16 @@ class Job:
         self.moved = Moved()
         self.done_count = 0
         self.token_count = 0
+        self.prompt_token_count = 0
+        self.reused_token_count = 0  # of them: those that were kept already
+        self.fingerprint = fingerprint(model) if settings.durable else None
+        # Open all along, so that nobody else writes between two prompts and what is kept is looked through once.
+        self.keeper = self._new_keeper() if settings.durable else None
         self.start_s = time.monotonic()
+
+    def close(self) -> None:
+        if self.keeper is not None:
+            self.keeper.close()
 
     def _generation_config(self) -> transformers.GenerationConfig:
         """The checkpoint's own, less what would contradict the command line: greedy unless told to sample."""
@@ -227,12 +253,12 @@ class Job:
         return torch.tensor(ids)
 
     def _generate(self, prompts: list[Prompt], encoded: list[torch.Tensor], progress: _ProgressBar) -> list[dict]:
+        if self.keeper is not None:
+            return [self._generate_kept(*prompts, *encoded, progress)]
         pad_token_id = self.generation_config.pad_token_id
         input_ids = pad_sequence(encoded, batch_first=True, padding_value=pad_token_id, padding_side="left")
         attention_mask = pad_sequence([torch.ones_like(ids) for ids in encoded], batch_first=True, padding_side="left")
-        if self.settings.do_sample:
-            # By row, so that going on after an interruption does not replay the draws of the rows before it.
-            torch.manual_seed(self.settings.seed + zlib.crc32(str(prompts[0].id).encode()))
+        self._seed(prompts[0])
         progress.start(len(prompts), sum(len(ids) for ids in encoded))
         with StorageCache(
             self.model.config,
@@ -255,6 +281,114 @@ class Job:
             for prompt, ids, new_ids in zip(prompts, encoded, sequences[:, input_ids.shape[1] :].tolist(), strict=True)
         ]
 
+    def _seed(self, prompt: Prompt) -> None:
+        if self.settings.do_sample:
+            # By row, so that going on after an interruption does not replay the draws of the rows before it.
+            torch.manual_seed(self.settings.seed + zlib.crc32(str(prompt.id).encode()))
+
+    # ---- with --durable ---------------------------------------------------------------------------------------------
+
+    def _generate_kept(self, prompt: Prompt, ids: torch.Tensor, progress: _ProgressBar) -> dict:
+        with self._open_kept(ids) as cache:
+            reused = cache.get_seq_length()
+            self.prompt_token_count += len(ids)
+            self.reused_token_count += reused
+            progress.start(1, len(ids) - reused)
+            try:
+                self._prefill_and_keep(cache, ids)
+                self._seed(prompt)
+                tokens = self._extend(cache, ids, self.generation_config, stopping_criteria=[progress.tick])
+            finally:
+                self.moved = Moved()  # the drive counts from when the keeper opened it
+                self.moved.add(cache.stats())
+        return self._finished_row(prompt, len(ids), tokens[len(ids) :])
+
+    def _new_keeper(self) -> StorageCache:
+        try:
+            return self._new_cache(_unused_name())
+        except (StoreError, NotImplementedError) as error:
+            raise UserError(f"--durable: {one_line(error)}") from None
+
+    def _open_kept(self, ids: torch.Tensor) -> StorageCache:
+        """A cache that holds as much of a prompt as was ever kept, all but its last token at the most."""
+        name = self._kept_name(ids)
+        if all(match.name != name for match in self.keeper.store.prefix_matches(ids[:-1])):
+            cache = self._new_cache(name)  # an error if other tokens have this name
+        else:
+            cache = StorageCache.open(
+                self.settings.kv_dir,
+                name,
+                config=self.model.config,
+                fingerprint=self.fingerprint,
+                device=self.model.device,
+                memory_budget=self.settings.memory_budget,
+            )
+        try:
+            held = cache.get_seq_length()
+            if held > 0 and (held >= len(ids) or cache.store.token_ids != [ids[:held].tolist()]):
+                raise StoreError(f"sequence {name!r} holds other tokens than its name says; remove it (torch-csd rm)")
+            match = cache.match_prefix(ids)
+            if match is not None and match.length > held:
+                if held > 0:
+                    cache.reset()
+                cache.use_prefix(match, device=self.model.device)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
+
+    def _new_cache(self, name: str) -> StorageCache:
+        return StorageCache(
+            self.model.config,
+            self.settings.kv_dir,
+            kv_dtype=self.settings.kv_dtype,
+            memory_budget=self.settings.memory_budget,
+            durable=True,
+            name=name,
+            fingerprint=self.fingerprint,
+        )
+
+    def _kept_name(self, ids: torch.Tensor) -> str:
+        """Says what the sequence holds: so many tokens, of this model and kv_dtype."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(json.dumps([self.keeper.store.metadata, ids[:-1].tolist()], sort_keys=True).encode())
+        return f"prompt-{digest.hexdigest()}"
+
+    def _prefill_and_keep(self, cache: StorageCache, ids: torch.Tensor) -> None:
+        """All but the last token, whose output is the first new one: so what is kept serves the same prompt again.
+
+        The answer is not kept: a row's quantised tail, and what a sliding window has left behind, do not come back
+        when a cache is cropped.
+        """
+        held, end = cache.get_seq_length(), len(ids) - 1
+        if held == end:  # somewhere; there is nothing to add
+            return
+        config = copy.deepcopy(self.generation_config)
+        config.update(max_new_tokens=1, min_new_tokens=None, min_length=0, do_sample=False, prefill_chunk_size=None)
+        config.update(temperature=None, top_p=None, top_k=None)
+        step = self.settings.prefill_chunk_size or end
+        committed_s = time.monotonic()
+        for stop in [*range(held + step, end, step), end]:
+            self._extend(cache, ids[:stop], config)
+            if stop == end or time.monotonic() - committed_s >= COMMIT_INTERVAL_S:
+                cache.commit(ids[:stop])
+                committed_s = time.monotonic()
+
+    def _extend(
+        self, cache: StorageCache, ids: torch.Tensor, config: transformers.GenerationConfig, **options: object
+    ) -> list[int]:
+        """Runs the model over what of ``ids`` the cache does not hold, and on; returns them and the new ones."""
+        input_ids = ids[None].to(self.settings.device)
+        return self.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=cache,
+            generation_config=config,
+            **options,
+        )[0].tolist()
+
+    # ---- results ----------------------------------------------------------------------------------------------------
+
     def _finished_row(self, prompt: Prompt, prompt_tokens: int, new_ids: list[int]) -> dict:
         eos_ids = self.generation_config.eos_token_id
         eos_ids = set(eos_ids) if isinstance(eos_ids, list) else {eos_ids}
@@ -272,6 +406,8 @@ class Job:
     def summary(self) -> str:
         elapsed_s = time.monotonic() - self.start_s
         done = f"{count(self.done_count, 'row')}, {count(self.token_count, 'token')} in {elapsed_s:.1f} s"
+        if self.keeper is not None:
+            done += f", {self.reused_token_count} of {count(self.prompt_token_count, 'prompt token')} reused"
         return f"{done} ({self.token_count / elapsed_s:.1f} tok/s); {self.moved}"
 
 
