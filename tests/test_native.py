@@ -96,7 +96,8 @@ def test_whatever_fails_below_a_drive_nothing_is_lost_or_wrong(tmp_path, where):
         directory, cases = Path(tempfile.mkdtemp(dir="/dev/shm")), []
     else:
         pytest.skip("no /dev/shm to write to")
-    run = subprocess.run([str(out / "test_faults"), str(directory), *cases], capture_output=True, text=True, timeout=600)
+    command = [str(out / "test_faults"), str(directory), *cases]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     if where == "memory":
         directory.rmdir()
