@@ -50,6 +50,7 @@ void check_layer(const Geometry& geometry, int64_t begin, const std::vector<RowT
 // The space that page tables take: tables[i] are all entries of one sequence. Runs are by offset; pages of a
 // run lie in the same sequences. Tables whose pages overlap others without being the same are no one's to
 // trust: their numbers are added to *damaged, and their space is a run of its own all the same.
-std::vector<PageRun> find_runs(const std::vector<std::vector<PageEntry>>& tables, std::set<std::size_t>* damaged);
+std::vector<PageRun> find_runs(const std::vector<std::vector<PageEntry>>& tables,
+                               std::set<std::size_t>* damaged);
 
 }  // namespace csd

@@ -5,7 +5,8 @@
 // In one line, from the repository's root:
 //
 //   g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -DCSD_HAVE_LIBURING -Icsrc
-//   tests/native/test_io.cpp csrc/io/*.cpp csrc/base/error.cpp csrc/base/own_descriptors.cpp -luring -ldl -pthread -o test_io
+//   tests/native/test_io.cpp csrc/io/*.cpp csrc/base/error.cpp csrc/base/own_descriptors.cpp -luring -ldl
+//   -pthread -o test_io
 //
 // Without liburing: the same without -DCSD_HAVE_LIBURING, -luring and -ldl. liburing is linked dynamically
 // here so that this file's io_uring_submit comes before the library's: faults are injected there and in
