@@ -65,11 +65,8 @@ class Settings:
     def budget_bytes(self) -> int:
         return parse_bytes(self.memory_budget)
 
-    def store(
-        self, kv_dtype: torch.dtype | None, *, memory_budget: int | str, resident: bool, checksums: bool = True
-    ) -> KVStore:
-        options = self.drive_options(memory_budget, resident)
-        return KVStore(self.directory, kv_dtype=kv_dtype, checksums=checksums, **options)
+    def store(self, kv_dtype: torch.dtype | None, *, memory_budget: int | str, resident: bool) -> KVStore:
+        return KVStore(self.directory, kv_dtype=kv_dtype, **self.drive_options(memory_budget, resident))
 
     def drive_options(self, memory_budget: int | str, resident: bool) -> dict:
         """Keyword arguments of `KVStore` and `StorageCache` alike."""
