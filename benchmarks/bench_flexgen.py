@@ -44,7 +44,7 @@ from torch_csd.bench.timing import Sample, counted, median, times
 HIDDEN, LAYERS, HEADS, FFN, VOCAB, BATCH = 2048, 8, 16, 8192, 1024, 4
 TOKEN_BYTES = LAYERS * 2 * BATCH * HIDDEN * 2
 WARM_UP = 1  # tokens of a turn that are not counted
-COUNTED = 3  # those that are
+COUNTED = 4  # those that are
 PIECE = 512  # tokens put into our cache at once
 BARS = {"dense": {2048: 1.4, 8192: 1.4}, "int4": {2048: 3.5, 8192: 4.5}}
 HOW_TO_GET_IT = "flexgen is not installed: pip install --target DIR --no-deps flexgen==0.1.8 attrs; PYTHONPATH=DIR"
