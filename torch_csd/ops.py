@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import torch_csd._C  # noqa: F401  (loading it registers the ops)
+from torch_csd.catalogue import ENTRY_BYTES, PAGE_TOKENS
 from torch_csd.errors import (
     MemoryBudgetError,
     StaleTensorError,
@@ -208,9 +209,9 @@ def commit(drive: Tensor, snapshot: int, handles: Sequence[Tensor]) -> list[Comm
     for _ in handles:
         begin, row_count = next(values), next(values)
         rows = [(next(values), next(values)) for _ in range(row_count)]
-        page_count = sum(-(-length // 64) - first_page for first_page, length in rows)
-        tables.append(CommittedLayer(begin, rows, entries[place : place + 16 * page_count]))
-        place += 16 * page_count
+        page_count = sum(-(-length // PAGE_TOKENS) - first_page for first_page, length in rows)
+        tables.append(CommittedLayer(begin, rows, entries[place : place + ENTRY_BYTES * page_count]))
+        place += ENTRY_BYTES * page_count
     return tables
 
 
