@@ -189,6 +189,35 @@ def test_tokens_come_back_in_the_dtype_they_were_appended_in(tmp_path, dtype):
             store.append(0, k.to(other), v.to(other))
 
 
+@pytest.mark.parametrize("comes_through", [True, False])
+def test_a_commit_that_failed_may_have_come_through(tmp_path, monkeypatch, comes_through):
+    k, v = random_kv(1, 4, 64 * 30, 64)
+    with new_store(tmp_path, "keeps the drive open"), new_store(tmp_path) as store:
+        store.append(0, k[:, :, :100], v[:, :, :100])
+        store.commit()
+        store.append(0, k[:, :, 100:], v[:, :, 100:])
+        catalogue = store._drive.catalogue
+        commit = catalogue.commit
+
+        def fail(sequence):
+            if comes_through:
+                commit(sequence)
+            raise StoreError("the drive said nothing")
+
+        monkeypatch.setattr(catalogue, "commit", fail)
+        with pytest.raises(StoreError, match="said nothing"):
+            store.commit()
+        monkeypatch.undo()
+        store.close()
+        tokens = 64 * 30 if comes_through else 100
+        with open_store(tmp_path) as again:
+            assert_same(again, {0: (k[:, :, :tokens], v[:, :, :tokens])})
+            again.append(1, k, v)
+            again.commit()
+            assert_same(again, {0: (k[:, :, :tokens], v[:, :, :tokens]), 1: (k, v)})
+    assert verify(tmp_path) == []
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,8 @@ class DurableDrive(Drive):
         self.directory = directory
         self.read_only = read_only
         self._snapshots: dict[str, int] = {}  # by name: of what the catalogue has
-        self._in_doubt: dict[str, list[int]] = {}  # of commits that failed, but may have come through
+        # Of commits that failed, but may have come through: (committed_s, snapshot).
+        self._in_doubt: dict[str, list[tuple[float, int]]] = {}
         self._outdated: list[int] = []
         self._open_names: set[str] = set()
         self._sequences: dict[str, Sequence] = {}  # of a reader: what it has opened, whatever is committed meanwhile
@@ -257,12 +258,14 @@ class DurableDrive(Drive):
                 raise self.damaged[name]
             # Not what a reader's catalogue has by now: its pages may lie where this drive knows of none.
             sequence = self._sequences.get(name) or self.catalogue.load(name)
-            if name not in self._snapshots:
+            came_through = dict(self._in_doubt.get(name, ()))
+            snapshot = came_through.get(sequence.committed_s, self._snapshots.get(name))
+            if snapshot is None:
                 raise StoreError(f"{self.directory.path}: sequence {name!r} was committed after this was opened")
             layers: dict[int, StoredLayer] = {}
             try:
                 for table in sequence.layers:
-                    layers[table.number] = self._restore(table, self._snapshots[name], device)
+                    layers[table.number] = self._restore(table, snapshot, device)
             except BaseException:
                 for stored in layers.values():
                     ops.drop_layer(stored.handle)
@@ -311,7 +314,7 @@ class DurableDrive(Drive):
                 )
             except BaseException:
                 # It may have come through all the same: its space stays held until a later commit did.
-                self._in_doubt.setdefault(name, []).append(snapshot)
+                self._in_doubt.setdefault(name, []).append((committed_s, snapshot))
                 raise
             self._forget(name)
             self._snapshots[name] = snapshot
@@ -341,7 +344,7 @@ class DurableDrive(Drive):
 
     def _forget(self, name: str) -> None:
         """The catalogue names other pages under this name now, or none."""
-        self._outdated += self._in_doubt.pop(name, [])
+        self._outdated += [snapshot for _, snapshot in self._in_doubt.pop(name, ())]
         if name in self._snapshots:
             self._outdated.append(self._snapshots.pop(name))
 

@@ -375,7 +375,8 @@ class KVStore:
 
         Args:
             token_ids: ``[batch, tokens]``, or ``[tokens]`` for one row: the ids that the stored tokens stand for, so
-                that :meth:`prefix_matches` can find them. Those beyond a row's length are left out.
+                that :meth:`prefix_matches` can find them. Those beyond a row's length are left out. ``None``: the
+                sequence has none any more, whatever the commit before gave.
 
         Raises:
             StoreError: the store is scratch, has no name, or is read only; a write failed.
