@@ -574,7 +574,9 @@ const uint8_t* Drive::page_image(const Layer& layer, const PageUse& use) {
   }
   if (options_.checksums) {
     const uint32_t found = crc32c(bytes, page.page_bytes());
-    if (found != page.checksum) throw damaged_page(file_.path, layer.number, use, found);
+    if (found != page.checksum) {
+      throw damaged_page(file_.path, layer.number, use, {0, page.page_bytes(), found, page.checksum});
+    }
   }
   return bytes;
 }

@@ -32,11 +32,12 @@ Error unreadable_pages(const std::string& path, int64_t layer, const PageUse* us
                   errno_value);
 }
 
-Error damaged_page(const std::string& path, int64_t layer, const PageUse& use, uint32_t checksum_read) {
+Error damaged_page(const std::string& path, int64_t layer, const PageUse& use, const Mismatch& mismatch) {
   return Error(ErrorKind::kCorrupt,
                path + ": " + place(layer, use) + ": checksum mismatch at byte " +
-                   text(use.page->file_offset) + " (" + text(use.page->page_bytes()) +
-                   " bytes with CRC-32C " + hex(checksum_read) + ", written with " + hex(use.page->checksum) +
+                   text(use.page->file_offset + mismatch.begin) + " (" + text(mismatch.bytes) +
+                   " bytes with CRC-32C " + hex(mismatch.checksum_read) + ", written with " +
+                   hex(mismatch.checksum_written) +
                    "): the drive returned other bytes than were written; check the drive, and prefill this " +
                    "row again from token " + text(use.index * kPageTokens) + " on");
 }

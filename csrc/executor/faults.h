@@ -14,7 +14,15 @@ namespace csd {
 Error unreadable_pages(const std::string& path, int64_t layer, const PageUse* uses, int64_t use_count,
                        int64_t file_offset, int errno_value);
 
-// The page came back with another checksum than it was written with.
-Error damaged_page(const std::string& path, int64_t layer, const PageUse& use, uint32_t checksum_read);
+// Bytes of a page, from its byte `begin` on, and their checksums.
+struct Mismatch {
+  int64_t begin = 0;
+  int64_t bytes = 0;
+  uint32_t checksum_read = 0;
+  uint32_t checksum_written = 0;
+};
+
+// They came back with another checksum than they were written with.
+Error damaged_page(const std::string& path, int64_t layer, const PageUse& use, const Mismatch& mismatch);
 
 }  // namespace csd

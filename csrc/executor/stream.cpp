@@ -467,10 +467,23 @@ void PageStream::end(Pass* pass) {
 }
 
 bool PageStream::intact(const PageUse& use, const uint8_t* bytes, Pass* pass) const {
-  const uint32_t found = crc32c(bytes, use.page->page_bytes());
-  if (found == use.page->checksum) return true;
-  pass->fail(damaged_page(path_, pass->plan->layer, use, found));
-  return false;
+  const Page& page = *use.page;
+  if (use.whole()) {
+    const uint32_t found = crc32c(bytes, page.page_bytes());
+    if (found == page.checksum) return true;
+    pass->fail(damaged_page(path_, pass->plan->layer, use, {0, page.page_bytes(), found, page.checksum}));
+    return false;
+  }
+  if (use.checksums == nullptr) return true;
+  const int64_t tile_bytes = use.bytes() / use.tile_count;
+  for (int64_t i = 0; i < use.tile_count; ++i) {
+    const uint32_t found = crc32c(bytes + i * tile_bytes, tile_bytes);
+    if (found == use.checksums[i]) continue;
+    const Mismatch mismatch{use.begin + i * tile_bytes, tile_bytes, found, use.checksums[i]};
+    pass->fail(damaged_page(path_, pass->plan->layer, use, mismatch));
+    return false;
+  }
+  return true;
 }
 
 void PageStream::consume(int number, int slot, Pass* pass) {
@@ -479,11 +492,11 @@ void PageStream::consume(int number, int slot, Pass* pass) {
   const Page* checked = nullptr;  // rows that share a page use it one after another
   for (int64_t i = run.use_begin; i < run.use_end && !pass->failed; ++i) {
     const PageUse& use = pass->plan->drive_uses[static_cast<size_t>(i)];
-    const uint8_t* page = bytes + (use.page->file_offset - run.file_offset);
+    const uint8_t* needed = bytes + (use.page->file_offset + use.begin - run.file_offset);
     // Just before it is computed on, so that it comes from memory once.
-    if (checksums_ && use.page != checked && !intact(use, page, pass)) break;
-    checked = use.page;
-    pass->consumer->consume(number, use, page);
+    if (checksums_ && use.page != checked && !intact(use, needed, pass)) break;
+    checked = use.whole() ? use.page : nullptr;
+    pass->consumer->consume(number, use, needed);
   }
   if (run.read_ahead) {
     counters_.read_ahead_bytes += run.used_bytes;
@@ -525,7 +538,7 @@ void PageStream::work(int number, Pass* pass) {
                        : pass->next_memory_use.fetch_add(pass->pages_per_claim, std::memory_order_relaxed);
       for (int64_t i = memory_use; i < std::min(memory_use + pass->pages_per_claim, memory_count); ++i) {
         const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
-        pass->consumer->consume(number, use, use.page->memory);
+        pass->consumer->consume(number, use, use.page->memory + use.begin);
       }
       if (memory_use < memory_count) continue;
       if (!reads) break;

@@ -18,11 +18,11 @@
 namespace csd {
 
 // Arithmetic on pages. consume() is called from worker threads, never twice at once with the same worker
-// number.
+// number. bytes: those of the page that the use is of.
 class PageConsumer {
  public:
   virtual ~PageConsumer() = default;
-  virtual void consume(int worker, const PageUse& use, const uint8_t* page) = 0;
+  virtual void consume(int worker, const PageUse& use, const uint8_t* bytes) = 0;
 };
 
 struct StreamCounters {
