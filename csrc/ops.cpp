@@ -292,6 +292,13 @@ void fork_layer(const Tensor& handle, const Tensor& source) {
   target.drive->fork_layer(target.layer, handle_values(source)[1]);
 }
 
+// kind: as SummaryKind counts them.
+void keep_summary(const Tensor& handle, int64_t kind) {
+  const Handle target = open_handle(handle);
+  if (kind < 0 || kind >= kSummaryKinds) fail("kind must be 0 (values), 1 (bounds) or 2 (sketch)");
+  target.drive->keep_summary(target.layer, static_cast<SummaryKind>(kind));
+}
+
 void drop_layer(const Tensor& handle) {
   const Handle target = open_handle(handle);
   target.drive->drop_layer(target.layer);
@@ -493,19 +500,18 @@ void check_room(const Tensor& drive, int64_t bytes) { open_handle(drive).drive->
 
 // ---- computing ----
 
-std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask,
-                                  std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
-                                  double scale, int64_t causal, int64_t window, double softcap,
-                                  int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
-  const Handle source = open_handle(handle);
+// What an attention is about, from its arguments; q is dense in its last dimension.
+AttendRequest attend_request(const Handle& source, const Tensor& q, const std::optional<Tensor>& mask,
+                             const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi_slopes,
+                             double scale, int64_t causal, int64_t window, double softcap, int64_t row_begin,
+                             int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
   const Geometry geometry = source.drive->geometry(source.layer);
-  check_rank4(q_any, "q", "[batch, num_heads, q_len, head_dim]");
-  check_heads(q_any.size(1), geometry, "q");
-  check_width(q_any.size(3), geometry.head_dim_k, "q's head_dim");
+  check_rank4(q, "q", "[batch, num_heads, q_len, head_dim]");
+  check_heads(q.size(1), geometry, "q");
+  check_width(q.size(3), geometry.head_dim_k, "q's head_dim");
   check_width(head_dim_v, geometry.head_dim_v, "head_dim_v");
   if (causal < 0 || causal > 2) fail("causal must be 0 (none), 1 (lower right) or 2 (upper left)");
   if (window < 0) fail("window must be positive, or 0 for none, got " + text(window));
-  const Tensor q = dense_last(q_any);
   AttendRequest request;
   request.span = make_span(q, row_begin, kv_begin, kv_end);
   request.num_heads = q.size(1);
@@ -518,6 +524,17 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   request.mask = mask_view(mask, request.span.row_count, request.num_heads, request.q_len);
   request.sinks = head_values(sinks, request.num_heads, "sinks");
   request.alibi_slopes = head_values(alibi_slopes, request.num_heads, "alibi_slopes");
+  return request;
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask,
+                                  std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+                                  double scale, int64_t causal, int64_t window, double softcap,
+                                  int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v) {
+  const Handle source = open_handle(handle);
+  const Tensor q = q_any.dim() == 4 ? dense_last(q_any) : q_any;
+  AttendRequest request = attend_request(source, q, mask, sinks, alibi_slopes, scale, causal, window, softcap,
+                                         row_begin, kv_begin, kv_end, head_dim_v);
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
   Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   request.out = out.mutable_data_ptr();
@@ -525,6 +542,42 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
   if (q.numel() > 0) source.drive->attend(source.layer, source.epoch, request);
   warn_about(source.drive.get());
   return {out, lse};
+}
+
+// kind: 0 page top-k, 1 adaptive, 2 SparF; the settings that a kind does not have are not looked at.
+std::tuple<Tensor, Tensor, Tensor> attend_sparse(
+    const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask, std::optional<Tensor> sinks,
+    std::optional<Tensor> alibi_slopes, double scale, int64_t causal, int64_t window, double softcap,
+    int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v, int64_t kind, double fraction,
+    int64_t tokens, int64_t local, int64_t sink, int64_t heads_per_choice, double mass, bool provable,
+    int64_t channels, bool mean_value, bool sketch) {
+  const Handle source = open_handle(handle);
+  const Tensor q = q_any.dim() == 4 ? dense_last(q_any) : q_any;
+  AttendRequest request = attend_request(source, q, mask, sinks, alibi_slopes, scale, causal, window, softcap,
+                                         row_begin, kv_begin, kv_end, head_dim_v);
+  if (kind < 0 || kind > 2) fail("kind must be 0 (page top-k), 1 (adaptive) or 2 (SparF)");
+  SparseRequest sparse;
+  sparse.kind = static_cast<SparseKind>(kind);
+  sparse.fraction = fraction;
+  sparse.tokens = tokens;
+  sparse.local_tokens = local;
+  sparse.sink_tokens = sink;
+  sparse.heads_per_choice = std::max<int64_t>(1, heads_per_choice);
+  sparse.mass = mass;
+  sparse.provable = provable;
+  sparse.channels = channels;
+  sparse.mean_value = mean_value;
+  sparse.sketch = sketch;
+  Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor missing = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  request.out = out.mutable_data_ptr();
+  request.lse = static_cast<float*>(lse.mutable_data_ptr());
+  sparse.missing = static_cast<float*>(missing.mutable_data_ptr());
+  std::fill_n(sparse.missing, missing.numel(), 0.0f);
+  if (q.numel() > 0) source.drive->attend_sparse(source.layer, source.epoch, request, sparse);
+  warn_about(source.drive.get());
+  return {out, lse, missing};
 }
 
 Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin,
@@ -637,6 +690,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "int code_bits, int number) -> ()");
   m.def("fork_layer(Tensor(a!) handle, Tensor source) -> ()");
   m.def("drop_layer(Tensor(a!) handle) -> ()");
+  m.def("keep_summary(Tensor(a!) handle, int kind) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
   m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> Tensor");
   m.def("truncate(Tensor(a!) handle, int[] lengths) -> ()");
@@ -658,6 +712,12 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "causal, "
       "int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "attend_sparse(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float "
+      "scale, "
+      "int causal, int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt "
+      "head_dim_v, int kind, float fraction, int tokens, int local, int sink, int heads_per_choice, float "
+      "mass, bool provable, int channels, bool mean_value, bool sketch) -> (Tensor, Tensor, Tensor)");
   m.def("scores(Tensor handle, Tensor q, SymInt row_begin, SymInt kv_begin, SymInt kv_end) -> Tensor");
   m.def(
       "weighted_sum(Tensor handle, Tensor p, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt "
@@ -686,6 +746,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("create_layer", TORCH_BOX(&csd::ops::create_layer));
   m.impl("fork_layer", TORCH_BOX(&csd::ops::fork_layer));
   m.impl("drop_layer", TORCH_BOX(&csd::ops::drop_layer));
+  m.impl("keep_summary", TORCH_BOX(&csd::ops::keep_summary));
   m.impl("layer_info", TORCH_BOX(&csd::ops::layer_info));
   m.impl("append", TORCH_BOX(&csd::ops::append));
   m.impl("truncate", TORCH_BOX(&csd::ops::truncate));
@@ -700,6 +761,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("shrink", TORCH_BOX(&csd::ops::shrink));
   m.impl("check_room", TORCH_BOX(&csd::ops::check_room));
   m.impl("attend", TORCH_BOX(&csd::ops::attend));
+  m.impl("attend_sparse", TORCH_BOX(&csd::ops::attend_sparse));
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));
   m.impl("read", TORCH_BOX(&csd::ops::read));

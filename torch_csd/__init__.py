@@ -27,6 +27,7 @@ from torch_csd.errors import (
     StoreMismatchError,
 )
 from torch_csd.registration import register_with_transformers
+from torch_csd.sparse import Adaptive, PageTopK, SparF
 from torch_csd.store import KVStore, PrefixMatch, probe
 from torch_csd.tensor import StorageTensor
 from torch_csd.version import __version__
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
     from torch_csd.hf import StorageCache, fingerprint, swap_attention
 
 __all__ = [
+    "Adaptive",
     "DamagedPage",
     "KVStore",
     "MemoryBudgetError",
+    "PageTopK",
     "PrefixMatch",
+    "SparF",
     "StaleTensorError",
     "StorageTensor",
     "StoreBusyError",

@@ -63,7 +63,9 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of ``q`` over stored ``k`` and ``v``: ``(out, lse)``, as :meth:`KVStore.attend` has it.
+    """Attention of ``q`` over stored ``k`` and ``v``: ``(out, lse)``, as :meth:`KVStore.attend` has it.
+
+    Exact, unless the tensors come from a store or cache that is set to be sparse.
 
     ``k`` and ``v`` are the two StorageTensors of one layer, or the same views of both: ``[batch, num_kv_heads, kv_len,
     head_dim]``, or expanded to ``[batch, num_heads, ...]`` by repeat_kv.
@@ -85,7 +87,7 @@ def attention(
     if not torch.compiler.is_compiling() and k._pair is not v._pair and not torch.equal(k._handle, v._handle):
         raise ValueError("k and v must come from the same layer at the same time; take both anew")
     _check_query(q, k, "q")
-    return attend_layer(
+    out, lse, _ = attend_layer(
         k._handle,
         q,
         head_dim_v=v_view.head_dim,
@@ -99,7 +101,9 @@ def attention(
         row_begin=k_view.row_begin,
         kv_begin=k_view.kv_begin,
         kv_end=k_view.kv_begin + k_view.kv_count,
+        sparse=k._pair.sparse,
     )
+    return out, lse
 
 
 # ---- functions ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch_csd.errors import (
     StoreError,
     StoreFullError,
 )
+from torch_csd.sparse import SparseArguments
 
 _ops = torch.ops.torch_csd
 _P = ParamSpec("_P")
@@ -122,6 +123,11 @@ def fork_layer(source: Tensor) -> Tensor:
 
 def drop_layer(handle: Tensor) -> None:
     _call(_ops.drop_layer, handle)
+
+
+def keep_summary(handle: Tensor, kind: int) -> None:
+    """From now on the layer keeps what passes choose pages by (``kind``: SUMMARY_... of sparse.py)."""
+    _call(_ops.keep_summary, handle, kind)
 
 
 class LayerState(NamedTuple):
@@ -290,6 +296,31 @@ def attend(
         return _call(_ops.attend.default, *args)
 
 
+def attend_sparse(
+    handle: Tensor,
+    q: Tensor,
+    settings: SparseArguments,
+    *,
+    scale: float,
+    head_dim_v: int,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    causal: int = CAUSAL_NONE,
+    window: int = 0,
+    softcap: float = 0.0,
+    row_begin: int = 0,
+    kv_begin: int = 0,
+    kv_end: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over a choice of the stored tokens: ``(out, lse, missing)``; see :meth:`KVStore.attend`."""
+    what = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _call(_ops.attend_sparse.default, handle, q, *what, *settings)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(_ops.attend_sparse.default, handle, q, *what, *settings)
+
+
 def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:
     """``q @ K^T``: ``[batch, num_heads, q_len, kv_end - kv_begin]`` in q's dtype, unscaled."""
     return _call(_ops.scores, handle, q, row_begin, kv_begin, kv_end)
@@ -378,6 +409,7 @@ for _name in (
     "create_layer",
     "fork_layer",
     "drop_layer",
+    "keep_summary",
     "truncate",
     "trim",
     "reorder",
@@ -415,6 +447,14 @@ def _(
     return q.new_empty((*q.shape[:-1], head_dim_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+@torch.library.register_fake("torch_csd::attend_sparse")
+def _(
+    handle, q, mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v, *_
+):
+    per_query = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty((*q.shape[:-1], head_dim_v)), per_query, torch.empty_like(per_query)
+
+
 @torch.library.register_fake("torch_csd::scores")
 def _(handle, q, row_begin, kv_begin, kv_end):
     return q.new_empty((*q.shape[:-1], kv_end - kv_begin))
@@ -448,6 +488,11 @@ def _(handle, q, *args):
     return out.to(q.device), lse.to(q.device)
 
 
+@torch.library.impl("torch_csd::attend_sparse", "CUDA")
+def _(handle, q, *args):
+    return tuple(result.to(q.device) for result in _ops.attend_sparse(handle, q.cpu(), *map(_on_cpu, args)))
+
+
 @torch.library.impl("torch_csd::scores", "CUDA")
 def _(handle, q, *args):
     return _ops.scores(handle, q.cpu(), *args).to(q.device)
@@ -468,5 +513,5 @@ def _no_backward(ctx, *gradients):
     )
 
 
-for _name in ("attend", "scores", "weighted_sum"):
+for _name in ("attend", "attend_sparse", "scores", "weighted_sum"):
     torch.library.register_autograd(f"torch_csd::{_name}", _no_backward)

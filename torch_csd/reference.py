@@ -65,6 +65,114 @@ def attention(
     return p @ v, lse
 
 
+def page_top_k(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pages: int,
+    local: int = 64,
+    sink: int = 64,
+    heads_per_choice: int = 1,
+    groups: int = 4,
+    page_tokens: int = 64,
+    scale: float | None = None,
+    **rules: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact attention over the ``pages`` pages whose keys may score highest (Quest, 2406.10774, section 3.2).
+
+    A key within the box [low, high] of its group scores at most ``sum_d max(q_d low_d, q_d high_d)``; a page's bound is
+    that of the best of its ``groups`` groups of neighbouring tokens. To the query heads that share a kv head a page
+    matters by the greatest, over these and all queries, of its bound less the log of the sum of the exponentials of all
+    bounds. Pages that are always attended to (the newest ``local`` tokens, the first ``sink``, a last partial one) are
+    not among these, but are counted. ``heads_per_choice`` kv heads choose together, by the greatest of theirs.
+
+    Args:
+        q, k, v, scale: as in :func:`attention`; ``rules`` are its other arguments, which do not enter the choice here.
+        pages: attended to in all, those always attended to included (these at least).
+
+    Returns:
+        ``out``, ``lse`` as :func:`attention`, and ``chosen [batch, num_kv_heads, ceil(kv_len / page_tokens)]``, bool.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1:3]
+    page_count = -(-kv_len // page_tokens)
+    full = kv_len // page_tokens
+    always = torch.zeros(page_count, dtype=torch.bool)
+    always[: -(-sink // page_tokens)] = True
+    always[full:] = True
+    if local:
+        always[max(kv_len - local, 0) // page_tokens :] = True
+    boxes = k.double()[:, :, : full * page_tokens].unflatten(2, (full * groups, page_tokens // groups))
+    low, high = boxes.amin(3), boxes.amax(3)  # [batch, num_kv_heads, full * groups, head_dim]
+    grouped = q.double().reshape(batch, num_kv_heads, -1, head_dim) * (head_dim**-0.5 if scale is None else scale)
+    bounds = grouped.clamp(min=0) @ high.mT + grouped.clamp(max=0) @ low.mT
+    bounds = bounds.unflatten(3, (full, groups)).amax(4).masked_fill(always[:full], -torch.inf)
+    values = (bounds - bounds.logsumexp(3, keepdim=True)).amax(2)  # [batch, num_kv_heads, full]
+    wanted = min(max(pages - int(always.sum()), 0), int((~always).sum()))
+    chosen = always.expand(batch, num_kv_heads, page_count).clone()
+    for begin in range(0, num_kv_heads, heads_per_choice):
+        best = values[:, begin : begin + heads_per_choice].amax(1).topk(wanted, dim=1).indices
+        for row in range(batch):
+            chosen[row, begin : begin + heads_per_choice, best[row]] = True
+    mask = chosen.repeat_interleave(page_tokens, dim=2)[:, :, :kv_len].repeat_interleave(num_heads // num_kv_heads, 1)
+    return *attention(q, k, v, scale=scale, mask=mask[:, :, None], **rules), chosen
+
+
+def sparf(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    channels: int,
+    tokens: int,
+    local: int = 64,
+    mean_value: bool = True,
+    scale: float | None = None,
+    step1_k: Tensor | None = None,
+    mean_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """InstInfer's SparF attention (2409.04992, section IV), which is SparQ (2312.04985, algorithm 1) for grouped heads.
+
+    For each kv head, over all its queries: i1 are the ``channels`` channels with the largest sum of ``|q|``; a query's
+    approximate probabilities are ``s = softmax(q[i1] . K[:, i1] * scale * sqrt(|q|_1 / |q[i1]|_1))`` (SparQ's
+    temperature); i2 are the ``tokens`` tokens with the largest sum of s among those that are not the ``local`` newest,
+    and these.
+    With ``alpha = sum of s over i2``, a query's result is ``alpha * attention over i2 + (1 - alpha) * mean of V``.
+
+    Args:
+        q, k, v, scale: as in :func:`attention`; no causality: every query sees every token.
+        mean_value: False: the result is the attention over i2 alone.
+        step1_k: what step 1 sees in the place of ``k``.
+        mean_v: ``[batch, num_kv_heads, head_dim_v]``, if it is not the mean of ``v``.
+
+    Returns:
+        ``out`` and ``lse`` (of i2) as :func:`attention`, and ``missing = 1 - alpha [batch, num_heads, q_len]``.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    grouped = q.double().reshape(batch, num_kv_heads, group * q_len, head_dim)
+    size = grouped.abs()
+    i1 = size.sum(2).topk(min(channels, head_dim), dim=2).indices[:, :, None]  # [batch, num_kv_heads, 1, channels]
+    kept = torch.zeros_like(size).scatter(3, i1.expand(-1, -1, group * q_len, -1), 1.0)
+    share = (size * kept).sum(3) / size.sum(3)
+    logits = (grouped * kept) @ (k if step1_k is None else step1_k).double().mT * scale / share.sqrt()[..., None]
+    s = torch.softmax(logits, dim=3)
+    summed = s.sum(2)
+    summed[:, :, max(kv_len - local, 0) :] = torch.inf
+    i2 = summed.topk(min(tokens + min(local, kv_len), kv_len), dim=2).indices
+    chosen = torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.bool).scatter(2, i2, True)
+    alpha = (s * chosen[:, :, None]).sum(3).view(batch, num_heads, q_len)
+    out, lse = attention(q, k, v, scale=scale, mask=chosen.repeat_interleave(group, 1)[:, :, None])
+    if mean_value:
+        mean_v = v.double().mean(2) if mean_v is None else mean_v.double()
+        mean_v = mean_v.repeat_interleave(group, 1)[:, :, None]
+        out = alpha[..., None] * out + (1 - alpha)[..., None] * mean_v
+    return out, lse, 1 - alpha
+
+
 def quantise(values: Tensor, code_bits: int, dim: int) -> Tensor:
     """What codes of ``code_bits`` bits give back for ``values``, each slice along ``dim`` a group of its own.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from torch_csd.catalogue import PAGE_TOKENS, check_name, page_bytes
 from torch_csd.config import IO_ENGINES, StoreConfig, as_int, directory_path
 from torch_csd.drive import CODE_BITS, Drive, DurableDrive, StoredLayer, dtype_text, find_store, open_writer
 from torch_csd.errors import StoreClosedError, StoreError
+from torch_csd.sparse import QUERIES_MAX, Sparse, check_sparse, op_arguments, summary_kinds
 
 CAUSAL = {
     False: ops.CAUSAL_NONE,
@@ -69,6 +71,9 @@ class KVStore:
         name: of the durable sequence that this is to become; must be new. At most 200 characters, no "/".
         metadata: what JSON can hold, kept with a durable sequence for its readers; the store does not look at it.
         checksums: ``False`` does not compare pages with their checksums when they are read from the drive.
+        sparse: how attention chooses among the stored tokens where nothing else is asked for; ``None``: it is exact.
+            May be assigned between calls. What it chooses by is kept in memory, within ``memory_budget``, from the
+            beginning; where it was not, the first sparse call reads all pages once.
 
     Raises:
         StoreError: the directory is missing, is not one, or cannot be written; there is a sequence ``name`` already.
@@ -100,7 +105,9 @@ class KVStore:
         name: str | None = None,
         metadata: dict | None = None,
         checksums: bool = True,
+        sparse: Sparse | None = None,
     ) -> None:
+        check_sparse(sparse)
         config = StoreConfig.make(
             directory,
             memory_budget=memory_budget,
@@ -131,6 +138,7 @@ class KVStore:
                 drive.release()
                 raise
         self._attach(drive, config.kv_dtype, name, metadata)
+        self._sparse = sparse
 
     @classmethod
     def open(
@@ -149,6 +157,7 @@ class KVStore:
         resident: bool = True,
         max_bytes: int | str | None = None,
         checksums: bool = True,
+        sparse: Sparse | None = None,
     ) -> KVStore:
         """The sequence ``name`` as it was last committed, bit for bit.
 
@@ -177,6 +186,7 @@ class KVStore:
             checksums=checksums,
         )
         check_name(name)
+        check_sparse(sparse)
         if read_only:
             drive = DurableDrive(config, find_store(config.directory), read_only=True)
             drive.acquire()
@@ -196,6 +206,7 @@ class KVStore:
         store._attach(drive, kv_dtype, name, sequence.metadata)
         store._layers.update(layers)
         store._token_ids = sequence.token_ids
+        store.sparse = sparse
         return store
 
     def _attach(self, drive: Drive, kv_dtype: torch.dtype | None, name: str | None, metadata: dict) -> None:
@@ -206,6 +217,7 @@ class KVStore:
         self.metadata = metadata
         self._token_ids: tuple[array, ...] | None = None  # of what is committed
         self._layers: dict[int, StoredLayer] = {}
+        self._sparse: Sparse | None = None
         self._lock = threading.RLock()  # of _layers
         self._finalizer = weakref.finalize(self, _release, drive, self._layers, name, os.getpid())
 
@@ -218,6 +230,24 @@ class KVStore:
     @property
     def kv_dtype(self) -> torch.dtype | None:
         return self._kv_dtype
+
+    @property
+    def sparse(self) -> Sparse | None:
+        """How attention chooses among the stored tokens; None: it is exact."""
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, sparse: Sparse | None) -> None:
+        self._check_open()
+        self._sparse = check_sparse(sparse)
+        with self._lock:
+            for stored in self._layers.values():
+                self._keep_summary(stored.handle)
+
+    def _keep_summary(self, handle: Tensor) -> None:
+        if self._sparse is not None:
+            for kind in summary_kinds(self._sparse):
+                ops.keep_summary(handle, kind)
 
     @property
     def durable(self) -> bool:
@@ -330,6 +360,7 @@ class KVStore:
             dtype=k.dtype if kv_dtype in CODE_BITS else kv_dtype,
             code_bits=CODE_BITS.get(kv_dtype, 0),
         )
+        self._keep_summary(handle)
         return StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
 
     def truncate(self, layer: int, length: int | Sequence[int]) -> None:
@@ -363,6 +394,7 @@ class KVStore:
         drive.acquire()
         other = KVStore.__new__(KVStore)
         other._attach(drive, self._kv_dtype, name, copy.deepcopy(self.metadata))
+        other._sparse = self._sparse
         with self._lock:
             for number, stored in self._layers.items():
                 other._layers[number] = dataclasses.replace(stored, handle=ops.fork_layer(stored.handle))
@@ -471,6 +503,8 @@ class KVStore:
                     ops.drop_layer(stored.handle)
                 raise
             self._layers.update(layers)
+            for stored in layers.values():
+                self._keep_summary(stored.handle)
 
     def free(self, layer: int | None = None) -> None:
         """Forgets a layer's rows, or all layers'. The number may be used again, for any batch and geometry."""
@@ -522,10 +556,12 @@ class KVStore:
         row_begin: int = 0,
         kv_begin: int | None = None,
         kv_end: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Exact attention of ``q`` over the rows ``row_begin ... row_begin + batch`` of a layer.
+        sparse: Sparse | str | None = "default",
+        return_missing: bool = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """Attention of ``q`` over the rows ``row_begin ... row_begin + batch`` of a layer: exact, or ``sparse``.
 
-        Formulas: :func:`torch_csd.reference.attention`.
+        Formulas: :func:`torch_csd.reference.attention`, and those that the sparse settings name.
 
         Args:
             q: ``[batch, num_heads, q_len, head_dim_k]``; num_heads is a multiple of the layer's num_kv_heads.
@@ -538,17 +574,22 @@ class KVStore:
             sinks: ``[num_heads]`` logits that take part in the softmax and attend to nothing.
             alibi_slopes: ``[num_heads]``; adds ``slope * (key position - query position)``.
             kv_begin, kv_end: the tokens to attend to; default: from the first readable one to each row's own length.
+            sparse: reads a choice of the tokens; ``None``: all; default: as the store is set. Calls of more than 16
+                queries are exact.
+            return_missing: returns ``missing`` besides.
 
         Returns:
             ``out [batch, num_heads, q_len, head_dim_v]`` in q's dtype and on its device, and
-            ``lse [batch, num_heads, q_len]``, float32, natural log. A query that sees nothing: 0 and -inf.
+            ``lse [batch, num_heads, q_len]``, float32, natural log, of the tokens that were attended to. A query that
+            sees nothing: 0 and -inf. ``missing``, shaped as lse: the probability mass of the tokens that were not, as
+            far as it can be told; 0 where attention was exact.
 
         Raises:
             ValueError: shapes or settings that do not fit. StoreError: a read failed. StoreCorruptError: the drive
             returned other bytes than were written.
         """
         stored = self.layer(layer)
-        return attend_layer(
+        out, lse, missing = attend_layer(
             stored.handle,
             q,
             head_dim_v=stored.head_dim_v,
@@ -562,7 +603,11 @@ class KVStore:
             row_begin=as_int(row_begin, "row_begin", low=0),
             kv_begin=-1 if kv_begin is None else as_int(kv_begin, "kv_begin", low=0),
             kv_end=-1 if kv_end is None else as_int(kv_end, "kv_end", low=0),
+            sparse=self._sparse if isinstance(sparse, str) and sparse == "default" else check_sparse(sparse),
         )
+        if not return_missing:
+            return out, lse
+        return out, lse, torch.zeros_like(lse) if missing is None else missing
 
     def read(self, layer: int, *, kv_begin: int | None = None, kv_end: int | None = None) -> tuple[Tensor, Tensor]:
         """K and V of all rows, dense: ``[batch, num_kv_heads, kv_end - kv_begin, head_dim]``, in the dtype appended.
@@ -661,8 +706,10 @@ def attend_layer(
     row_begin: int,
     kv_begin: int,
     kv_end: int,
-) -> tuple[Tensor, Tensor]:
-    """:meth:`KVStore.attend` on a bare handle, which is all that a StorageTensor has."""
+    sparse: Sparse | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:meth:`KVStore.attend` on a bare handle, which is all that a StorageTensor has: out, lse, and if it was sparse
+    what is missing."""
     if q.dim() != 4:
         raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
     if causal not in CAUSAL:
@@ -675,7 +722,11 @@ def attend_layer(
         if mask.dim() > 4:
             raise ValueError(f"mask must have at most 4 dimensions, got shape {list(mask.shape)}")
         mask = mask[(None,) * (4 - mask.dim())]
-    return ops.attend(
+    if sparse is not None and q.shape[2] <= QUERIES_MAX:
+        attend = functools.partial(ops.attend_sparse, settings=op_arguments(sparse))
+    else:
+        attend = ops.attend
+    out, lse, *missing = attend(
         handle,
         q,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
@@ -690,6 +741,7 @@ def attend_layer(
         kv_begin=kv_begin,
         kv_end=kv_end,
     )
+    return out, lse, missing[0] if missing else None
 
 
 def probe(directory: str | os.PathLike[str], io_engine: str = "auto") -> dict[str, int | str | bool | list[str]]:

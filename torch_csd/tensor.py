@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_csd import ops
+from torch_csd.sparse import Sparse
 from torch_csd.store import KVStore
 
 # The dimensions that stored K or V can have. R is the repetition of each kv head by repeat_kv.
@@ -68,6 +69,7 @@ class Pair:
     handle: Tensor  # [3], int64: drive, layer, epoch
     dtype: torch.dtype  # of the tensors; asking a tensor for its own goes through __torch_function__
     device: torch.device
+    sparse: Sparse | None = None  # how attention chooses among the tokens
     pending: dict[bool, Tensor] = field(default_factory=dict)  # by View.values
 
 
@@ -113,6 +115,7 @@ class StorageTensor(torch.Tensor):
         device: torch.device | str | None = None,
         new_k: Tensor | None = None,
         new_v: Tensor | None = None,
+        exact: bool = False,
     ) -> tuple[StorageTensor, StorageTensor]:
         """K and V of a layer: ``[batch, num_kv_heads, kv_end - kv_begin, head_dim_k]`` and ``[..., head_dim_v]``.
 
@@ -123,6 +126,7 @@ class StorageTensor(torch.Tensor):
             dtype, device: what the tensors are, for the ops that meet them; default: as appended.
             new_k, new_v: the same tokens in memory, if they are all of ``[kv_begin, kv_end)``. Ops then use these:
                 the attention of a prompt over itself costs what it costs without a store.
+            exact: attention is exact even if the store is set to be sparse.
         """
         stored = store.layer(layer)
         epoch, begin, lengths = ops.layer_info(stored.handle) if state is None else state
@@ -149,7 +153,7 @@ class StorageTensor(torch.Tensor):
             device = stored.device
         elif isinstance(device, str):
             device = torch.device(device)
-        pair = Pair(stored.at(epoch), dtype or stored.dtype, device)
+        pair = Pair(stored.at(epoch), dtype or stored.dtype, device, None if exact else store.sparse)
         return StorageTensor(k_view, pair, new_tokens=new_k), StorageTensor(v_view, pair, new_tokens=new_v)
 
     def with_view(self, view: View) -> StorageTensor:
@@ -211,7 +215,8 @@ class StorageTensor(torch.Tensor):
         view = self._view
         derived = {ROW: "row_count", TOKEN: "kv_count"}
         loose = tuple(derived[names[0]] for names in view.axes if len(names) == 1 and names[0] in derived)
-        return ["_handle"], (view.replace(**dict.fromkeys(loose, 0)), loose, self._pair.dtype, self._pair.device)
+        pair = self._pair
+        return ["_handle"], (view.replace(**dict.fromkeys(loose, 0)), loose, pair.dtype, pair.device, pair.sparse)
 
     @property
     def _handle(self) -> Tensor:
@@ -222,10 +227,10 @@ class StorageTensor(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner_tensors, context, outer_size, outer_stride):
-        view, loose, dtype, device = context
+        view, loose, dtype, device, sparse = context
         names = {"row_count": ROW, "kv_count": TOKEN}
         sizes = {field: outer_size[view.axes.index((names[field],))] for field in loose}
-        return StorageTensor(view.replace(**sizes), Pair(inner_tensors["_handle"], dtype, device))
+        return StorageTensor(view.replace(**sizes), Pair(inner_tensors["_handle"], dtype, device, sparse))
 
 
 from torch_csd import dispatch  # noqa: E402  the table needs the class above

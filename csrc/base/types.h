@@ -54,7 +54,7 @@ struct PageLayout {
   // them.
   constexpr int64_t params_offset() const { return k_bytes() + v_bytes(); }
   constexpr int64_t k_params_bytes() const { return code_bits != 0 ? 4 * head_dim_k : 0; }
-  constexpr int64_t v_params_bytes() const { return code_bits != 0 ? 4 * kPageTokens : 0; }
+  constexpr int64_t v_params_bytes() const { return code_bits != 0 && head_dim_v != 0 ? 4 * kPageTokens : 0; }
   constexpr int64_t tile_bytes() const {
     return round_up(params_offset() + k_params_bytes() + v_params_bytes(), 64);
   }

@@ -7,10 +7,12 @@
 #include <functional>
 
 #include "base/aligned_buffer.h"
+#include "base/thread_pool.h"
 #include "base/types.h"
 #include "executor/ahead.h"
 #include "executor/plan.h"
 #include "executor/stream.h"
+#include "executor/tile_cache.h"
 #include "kernels/kernels.h"
 #include "store/layer.h"
 
@@ -93,12 +95,14 @@ struct ReadRequest {
 struct PassContext {
   const Kernels* kernels = nullptr;
   PageStream* stream = nullptr;
+  ThreadPool* pool = nullptr;
   AlignedBuffer* scratch = nullptr;
   // Bounds rows x queries x workers at once: larger calls go over the pages several times. The least is one
   // query of all heads on one worker.
   int64_t scratch_bytes_max = 0;
   ReadAhead* ahead = nullptr;  // null: nothing is read before it is needed
   PassKey pass;
+  TileCache* tiles = nullptr;  // null: what is chosen is read every time
 };
 
 void attend(const PassContext& context, const Layer& layer, const AttendRequest& request);

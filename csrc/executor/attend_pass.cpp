@@ -6,6 +6,15 @@
 
 namespace csd {
 
+int affordable_workers(const PassContext& context, int64_t shared_bytes, int64_t bytes_per_worker) {
+  const int64_t fit = (context.scratch_bytes_max - shared_bytes) / bytes_per_worker;
+  return static_cast<int>(std::clamp<int64_t>(fit, 1, context.stream->worker_limit()));
+}
+
+int64_t compute_weight(const Block& block, int64_t group) {
+  return std::max<int64_t>(1, block.query_count * group / 8);
+}
+
 int64_t row_end(const Layer& layer, const Span& span, int64_t row) {
   return span.kv_end >= 0 ? span.kv_end : layer.rows[static_cast<size_t>(span.row_begin + row)].length;
 }
@@ -197,6 +206,7 @@ AttendPass::AttendPass(const PassContext& context, const Layer& layer, const Att
 }
 
 void AttendPass::consume(int worker, const PageUse& use, const uint8_t* bytes) {
+  if (use.keep_at != nullptr) std::memcpy(use.keep_at, bytes, static_cast<size_t>(use.bytes()));
   const Geometry& geometry = layer_.geometry;
   const int64_t row = use.row - request_.span.row_begin - block_.row_begin;
   float* out = worker_out(worker, row);

@@ -32,6 +32,36 @@ struct Heads {
   int64_t group;
 };
 
+// Splits [rows] x [queries] so that bytes_per_query * rows * queries fits the scratch memory; halves queries
+// first, because every row's pages are read again for each block of queries. run(block, next): next is null
+// for the last one.
+template <typename Run>
+void for_each_block(int64_t row_count, int64_t q_len, int64_t bytes_per_query, int64_t bytes_max,
+                    const Run& run) {
+  const int64_t fit = std::max<int64_t>(1, bytes_max / std::max<int64_t>(1, bytes_per_query));
+  const int64_t rows = std::clamp<int64_t>(fit / q_len, 1, row_count);
+  const int64_t queries = std::clamp<int64_t>(fit / rows, 1, q_len);
+  const auto block_at = [&](int64_t row, int64_t query) {
+    return Block{row, std::min(rows, row_count - row), query, std::min(queries, q_len - query)};
+  };
+  for (int64_t row = 0; row < row_count; row += rows) {
+    for (int64_t query = 0; query < q_len; query += queries) {
+      const bool last_of_row = query + queries >= q_len;
+      const bool last = last_of_row && row + rows >= row_count;
+      const Block next = last          ? Block{}
+                         : last_of_row ? block_at(row + rows, 0)
+                                       : block_at(row, query + queries);
+      run(block_at(row, query), last ? nullptr : &next);
+    }
+  }
+}
+
+// Workers whose partial results of one query fit the scratch memory, next to what they share.
+int affordable_workers(const PassContext& context, int64_t shared_bytes, int64_t bytes_per_worker);
+
+// Arithmetic on a page relative to one query's pass over the same bytes, which memory bandwidth hides.
+int64_t compute_weight(const Block& block, int64_t group);
+
 // The layouts of a layer's two kinds of pages.
 struct Layouts {
   explicit Layouts(const Geometry& geometry)

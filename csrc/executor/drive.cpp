@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -67,6 +68,15 @@ int64_t first_tail_page(int64_t length) {
 
 std::string text(int64_t value) { return std::to_string(value); }
 
+// page_end(kind): pages from there on are not summarised any more.
+template <typename PageEnd>
+void truncate_summaries(const Geometry& geometry, Row* row, const PageEnd& page_end) {
+  for (int kind = 0; kind < kSummaryKinds; ++kind) {
+    const SummaryShape shape(geometry, static_cast<SummaryKind>(kind));
+    row->summaries[kind].truncate(page_end(kind), shape.pages_per_block());
+  }
+}
+
 }  // namespace
 
 Drive::Drive(const DriveOptions& options)
@@ -94,6 +104,7 @@ Drive::Drive(const DriveOptions& options)
     stream_ = std::make_unique<PageStream>(engine_.get(), file_.fd, file_.path, &pool_,
                                            static_cast<int>(options.queue_depth), staging, options.checksums);
     packer_ = std::make_unique<Packer>(&kernels_, &pool_);
+    tiles_ = std::make_unique<TileCache>(arena_.get());
     writer_ = std::make_unique<Writer>(engine_->make_queue(file_.fd, kWriteDepth, {}), file_.path);
     page_queue_ = engine_->make_queue(file_.fd, 1, {});
   } catch (...) {
@@ -106,6 +117,7 @@ Drive::~Drive() {
   page_queue_.reset();
   writer_.reset();
   stream_.reset();
+  tiles_.reset();
   layers_.clear();  // pages give their memory back before the arena goes
   snapshots_.clear();
   engine_.reset();
@@ -205,6 +217,7 @@ void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
 void Drive::drop_layer(int64_t layer_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
+  tiles_->forget(layer_id);
   layers_.erase(layer_id);
   ahead_.forget(layer_id);
   stream_->release_unused();
@@ -257,9 +270,15 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   }
   std::vector<int64_t> lengths_before;
   std::vector<int64_t> ends_before;  // in pages
-  for (const Row& row : layer.rows) {
+  std::vector<std::array<int64_t, kSummaryKinds>> summarised_before;
+  for (Row& row : layer.rows) {
     lengths_before.push_back(row.length);
     ends_before.push_back(row.end_page());
+    begin_summaries(layer, &row);
+    summarised_before.emplace_back();
+    for (int kind = 0; kind < kSummaryKinds; ++kind) {
+      summarised_before.back()[kind] = row.summaries[kind].end_page;
+    }
   }
   std::vector<ReplacedPage> replaced;
   int64_t token_total = 0;
@@ -278,11 +297,13 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
     appended_tokens_ += token_total;
   } catch (...) {
     packer_->cancel([this](const Packer::Job& job) { list_again(job); });
+    new_pages_.clear();
     // Slots that were written behind a row's length hold nothing; pages are taken off, or put back.
     for (size_t i = 0; i < layer.rows.size(); ++i) {
       Row& row = layer.rows[i];
       row.length = lengths_before[i];
       while (row.end_page() > ends_before[i]) row.pages.pop_back();
+      truncate_summaries(layer.geometry, &row, [&](int kind) { return summarised_before[i][kind]; });
     }
     for (auto page = replaced.rbegin(); page != replaced.rend(); ++page) {
       if (page->page->writable()) candidates_.add(page->page.get());
@@ -317,10 +338,13 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
       Ref<Page> page = new_page(*row, stored);
       if (row->pages.empty()) row->first_page = row->length / kPageTokens;
       row->pages.push_back(page);
+      expect_summary(*layer, row, row->end_page() - 1, page.get());
       packer_->add({std::move(page), stored, true, tokens, nullptr, {}});
     } else {
       const bool completes = tokens.slot + tokens.count == kPageTokens && !geometry.quantised();
-      packer_->add({writable_tail(*layer, row, replaced), full_precision, completes, tokens, nullptr, {}});
+      const Ref<Page> page = writable_tail(*layer, row, replaced);
+      if (completes) expect_summary(*layer, row, row->end_page() - 1, page.get());
+      packer_->add({page, full_precision, completes, tokens, nullptr, {}});
     }
     row->length += tokens.count;
     if (packer_->queued_bytes() >= kPackBytes) finish_packing();
@@ -387,6 +411,7 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
           seal(page);
         }
       }
+      expect_summary(*layer, &row, index, page.get());
       replaced->push_back({&row, index, std::move(place)});
       place = page;
       if (packer_->queued_bytes() >= kPackBytes) finish_packing();
@@ -397,12 +422,12 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
 
 // Fills the pages that are queued. From then on they may leave memory.
 void Drive::finish_packing() {
-  packer_->run(
-      [this](const Packer::Job& job) {
-        if (job.completes) seal(job.page);
-        list_again(job);
-      },
-      [this](const Packer::Job& job) { list_again(job); });
+  packer_->run([this] { summarise_new_pages(); },
+               [this](const Packer::Job& job) {
+                 if (job.completes) seal(job.page);
+                 list_again(job);
+               },
+               [this](const Packer::Job& job) { list_again(job); });
 }
 
 // The pages of a job were pinned, and may have lost their places among the candidates.
@@ -457,6 +482,16 @@ int64_t Drive::staging_room(const Layer& layer, int64_t row_count) const {
     if (rows == 0) rows = &other == &layer ? row_count : 1;
     pages[geometry.full_precision().page_bytes()] += 2 * rows * (geometry.quantised() ? kTailPages : 1);
     if (geometry.quantised()) pages[geometry.stored().page_bytes()]++;
+    for (int kind = 0; kind < kSummaryKinds; ++kind) {
+      if (!other.keeps[kind]) continue;
+      const SummaryShape shape(geometry, static_cast<SummaryKind>(kind));
+      for (const Row& row : other.rows) {
+        const auto blocks = static_cast<int64_t>(row.summaries[kind].blocks.size());
+        if (shape.tiles_per_head > 0) pages[shape.full().page_bytes()] += blocks;
+        if (shape.head_dim_v > 0) pages[shape.sums_bytes()] += blocks + 1;
+      }
+      if (shape.tiles_per_head > 0) pages[shape.filling().page_bytes()] += rows;
+    }
   }
   int64_t room = options_.memory_budget_bytes - scratch_bytes_max_;
   for (const auto& [page_bytes, count] : pages) room -= arena_->bytes_for(page_bytes, count);
@@ -500,6 +535,7 @@ void Drive::divide_budget(const Layer& layer, int64_t row_count) {
     if (error.kind() != ErrorKind::kNoSpace) throw;
     stuck = true;
   }
+  if (arena_->mapped_bytes() > arena_->limit_bytes()) tiles_->clear();
   if (arena_->mapped_bytes() <= arena_->limit_bytes()) {
     stream_->resize(wanted);
   } else if (stuck || writer_->idle()) {  // what is left cannot go
@@ -516,8 +552,11 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
     arena_full_ = true;
     // Many pages on their way at once, so that the drive is kept busy; then wait for the first to be done.
     Evicted evicted = Evicted::kWriting;
-    while (writer_->pending_bytes() < window && evicted == Evicted::kWriting) evicted = evict_one();
+    while (writer_->pending_bytes() < window && evicted == Evicted::kWriting)
+      evicted = evict_one(tiles_->empty());
     if (evicted == Evicted::kGone) continue;
+    // Before tails go, whose next tokens would bring them back.
+    if (evicted == Evicted::kNone && tiles_->drop_one()) continue;
     writer_->flush();
     if (writer_->idle()) {
       if (packer_->empty()) {
@@ -620,16 +659,21 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
     }
   }
   bool shortened = false;
+  size_t pages_gone = 0;
   for (size_t i = 0; i < layer.rows.size(); ++i) {
     Row& row = layer.rows[i];
     const int64_t length = lengths[one_for_all ? 0 : i];
     if (length >= row.length) continue;
+    pages_gone += row.pages.size();
     row.truncate(length);
+    pages_gone -= row.pages.size();
+    truncate_summaries(layer.geometry, &row, [&](int) { return length / kPageTokens; });
     if (row.pages.empty()) row.home->stream.restart();
     shortened = true;
   }
   if (!shortened) return;
   layer.epoch++;
+  if (pages_gone > 0) tiles_->release_unused();
   stream_->release_unused();
 }
 
@@ -645,12 +689,18 @@ void Drive::trim(int64_t layer_id, int64_t begin) {
   }
   if (begin <= layer.begin) return;
   layer.begin = begin;
+  const int64_t pages_before = layer.rows.empty() ? 0 : layer.rows[0].first_page;
   for (Row& row : layer.rows) {
     while (!row.pages.empty() && (row.first_page + 1) * kPageTokens <= begin) {
       row.pages.pop_front();
       row.first_page++;
     }
+    for (int kind = 0; kind < kSummaryKinds; ++kind) {
+      const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
+      row.summaries[kind].trim(begin / kPageTokens, shape.pages_per_block());
+    }
   }
+  if (!layer.rows.empty() && layer.rows[0].first_page != pages_before) tiles_->release_unused();
   stream_->release_unused();
 }
 
@@ -683,6 +733,7 @@ void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   }
   layer.rows = std::move(rows);
   layer.epoch++;
+  tiles_->release_unused();
   stream_->release_unused();
 }
 
@@ -697,7 +748,7 @@ void Drive::flush() {
 
 PassContext Drive::context(PassKey pass) {
   ReadAhead* ahead = options_.read_ahead_bytes != 0 ? &ahead_ : nullptr;
-  return {&kernels_, stream_.get(), &scratch_, scratch_bytes_max_, ahead, pass};
+  return {&kernels_, stream_.get(), &pool_, &scratch_, scratch_bytes_max_, ahead, pass, nullptr};
 }
 
 void Drive::check_span(const Layer& layer, int64_t epoch, const Span& span) const {
@@ -750,16 +801,73 @@ void Drive::check_mask(const Layer& layer, const AttendRequest& request) const {
   }
 }
 
+// What every attention begins with; the lock is held.
+Layer& Drive::begin_attend(int64_t layer_id, int64_t epoch, AttendRequest* request) {
+  Layer& layer = find(layer_id);
+  if (request->span.kv_begin == -1) request->span.kv_begin = layer.begin;
+  check_span(layer, epoch, request->span);
+  check_mask(layer, *request);
+  if (std::exchange(layer.restored, false) && options_.resident) bring_back(layer);
+  return layer;
+}
+
 void Drive::attend(int64_t layer_id, int64_t epoch, AttendRequest request) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  Layer& layer = find(layer_id);
-  if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
-  check_span(layer, epoch, request.span);
-  check_mask(layer, request);
-  if (std::exchange(layer.restored, false) && options_.resident) bring_back(layer);
+  const Layer& layer = begin_attend(layer_id, epoch, &request);
   csd::attend(context({layer_id, PassKind::kAttend}), layer, request);
   attend_calls_++;
+}
+
+void Drive::attend_sparse(int64_t layer_id, int64_t epoch, AttendRequest request,
+                          const SparseRequest& sparse) {
+  check_process();
+  std::lock_guard<FairMutex> lock(mutex_);
+  Layer& layer = begin_attend(layer_id, epoch, &request);
+  for (const SummaryKind kind : summary_kinds(sparse)) catch_up(&layer, request.span, kind);
+  PassContext with_tiles = context({layer_id, PassKind::kAttend});
+  with_tiles.tiles = tiles_.get();
+  // Half of what pages have: those that stay in memory are of use to every query a little, tiles that were
+  // chosen much to the next one.
+  tiles_->begin(layer_id, options_.resident ? arena_->limit_bytes() / 2 : 0);
+  try {
+    csd::attend_sparse(with_tiles, layer, request, sparse);
+  } catch (...) {
+    tiles_->end(false);
+    throw;
+  }
+  tiles_->end(true);
+  if (tiles_->wants_room()) make_room_for_tiles();
+  attend_calls_++;
+  sparse_attends_++;
+  note_missing(request, sparse);
+}
+
+// Tiles that are chosen again and again are worth more than pages that happened to stay in memory: some of
+// those go, a few at a call, and without waiting for the drive.
+void Drive::make_room_for_tiles() {
+  try {
+    settle_writes();
+    int64_t wanted = write_window();
+    while (wanted > 0 && writer_->pending_bytes() < write_window() && candidates_.next() != nullptr) {
+      const int64_t bytes = candidates_.next()->page_bytes();
+      if (evict_one(false) == Evicted::kNone) break;
+      wanted -= bytes;
+    }
+    writer_->flush();
+  } catch (const Error& error) {
+    // No space to write to: what is in memory stays there. Other errors wait for the next append.
+    if (error.kind() != ErrorKind::kNoSpace) throw;
+  }
+}
+
+void Drive::note_missing(const AttendRequest& request, const SparseRequest& sparse) {
+  const int64_t count = request.span.row_count * request.num_heads * request.q_len;
+  for (int64_t i = 0; i < count; ++i) {
+    missing_sum_ += sparse.missing[i];
+    missing_max_ = std::max(missing_max_, sparse.missing[i]);
+  }
+  missing_count_ += count;
 }
 
 template <typename Request>
@@ -818,6 +926,11 @@ std::string Drive::stats_json() {
     }
     return std::string("\"") + name + "\": \"" + escaped + "\", ";
   };
+  const auto fraction = [](const char* name, double value) {
+    char digits[32];
+    std::snprintf(digits, sizeof(digits), "%.9g", value);
+    return std::string("\"") + name + "\": " + digits + ", ";
+  };
   const auto seconds = [](const char* name, int64_t nanoseconds) {
     return std::string("\"") + name + "\": " + std::to_string(static_cast<double>(nanoseconds) * 1e-9) + ", ";
   };
@@ -837,14 +950,20 @@ std::string Drive::stats_json() {
   json += number("memory_used_bytes",
                  arena_->mapped_bytes() + stream_->staging_bytes_touched() + scratch_.bytes());
   json += number("metadata_bytes", table_memory_.bytes());
+  json += number("summary_bytes", summary_bytes());
   json += number("staging_bytes", stream_->staging_bytes());
   json += number("drive_read_bytes", counters.drive_read_bytes + brought_back_bytes_);
   json += number("read_ahead_bytes", counters.read_ahead_bytes);
   json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);
+  json += number("reused_bytes", tiles_->served_bytes());
   json += number("resident_read_bytes", counters.resident_read_bytes);
   json += number("drive_written_bytes", writer_->written_bytes());
   json += number("drive_pending_bytes", writer_->pending_bytes());
   json += number("attend_calls", attend_calls_);
+  json += number("sparse_attends", sparse_attends_);
+  json +=
+      fraction("missing_mass_mean", missing_sum_ / static_cast<double>(std::max<int64_t>(1, missing_count_)));
+  json += fraction("missing_mass_max", missing_max_);
   json += number("appended_tokens", appended_tokens_);
   json += number("tail_spills", tail_spills_);
   json += seconds("io_wait_s", counters.io_wait_ns);

@@ -23,6 +23,7 @@
 #include "executor/ahead.h"
 #include "executor/attend.h"
 #include "executor/packer.h"
+#include "executor/sparse.h"
 #include "executor/stream.h"
 #include "executor/writer.h"
 #include "io/io.h"
@@ -32,6 +33,7 @@
 #include "store/extents.h"
 #include "store/format.h"
 #include "store/layer.h"
+#include "store/summary.h"
 #include "store/table.h"
 
 namespace csd {
@@ -102,6 +104,9 @@ class Drive {
   void create_layer(int64_t layer_id, const Geometry& geometry, int64_t number);
   void fork_layer(int64_t layer_id, int64_t source_id);
   void drop_layer(int64_t layer_id);
+  // From now on the layer keeps summaries of the pages that it fills; of those that it has when they are
+  // needed.
+  void keep_summary(int64_t layer_id, SummaryKind kind);
   LayerInfo info(int64_t layer_id);
   Geometry geometry(int64_t layer_id);  // never changes, so it is still true after the call
 
@@ -115,6 +120,7 @@ class Drive {
 
   // epoch: of the view the caller holds; -1 takes the layer as it is now. Throws kStale when it has changed.
   void attend(int64_t layer_id, int64_t epoch, AttendRequest request);  // kv_begin -1: the first readable
+  void attend_sparse(int64_t layer_id, int64_t epoch, AttendRequest request, const SparseRequest& sparse);
   void scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request);
   void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
   void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
@@ -157,6 +163,14 @@ class Drive {
     Ref<Page> page;
   };
 
+  // A page that has just been filled, and is to be summarised while it is in memory.
+  struct NewPage {
+    const Layer* layer;
+    Row* row;
+    int64_t index;
+    const Page* page;
+  };
+
   Layer& find(int64_t layer_id);
   void open_file();
   static const Ref<Extent>& extent_at(const std::vector<Ref<Extent>>& extents, int64_t file_offset);
@@ -173,6 +187,15 @@ class Drive {
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
                       std::vector<ReplacedPage>* replaced);
   void finish_packing();
+  static int64_t summarised_end(const Layer& layer, const Row& row);
+  void begin_summaries(const Layer& layer, Row* row);
+  void expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page);
+  SummaryBlock* summary_block(const Layer& layer, SummaryKind kind, RowSummary* summary, int64_t page_index);
+  void summarise_new_pages();
+  void catch_up(Layer* layer, const Span& span, SummaryKind kind);
+  void catch_up_row(const Layer& layer, Row* row, int64_t row_index, SummaryKind kind);
+  int64_t summary_bytes() const;
+  void make_room_for_tiles();
   void list_again(const Packer::Job& job);
   void write_behind(int64_t appended_bytes);
   int64_t write_window() const;
@@ -189,6 +212,8 @@ class Drive {
   void settle_writes();
   void check_span(const Layer& layer, int64_t epoch, const Span& span) const;
   void check_mask(const Layer& layer, const AttendRequest& request) const;
+  Layer& begin_attend(int64_t layer_id, int64_t epoch, AttendRequest* request);
+  void note_missing(const AttendRequest& request, const SparseRequest& sparse);
   PassContext context(PassKey pass);
   template <typename Request>
   void run_pass(PassKey key, int64_t epoch, const Request& request,
@@ -210,6 +235,7 @@ class Drive {
   std::unique_ptr<PageStream> stream_;
   std::unique_ptr<Writer> writer_;
   std::unique_ptr<Packer> packer_;
+  std::unique_ptr<TileCache> tiles_;
   std::unique_ptr<IoQueue> page_queue_;  // for single pages read back into the tail
   AlignedBuffer page_image_;             // what it reads into
   iovec page_segment_{};
@@ -223,8 +249,15 @@ class Drive {
   int64_t durable_file_bytes_ = 0;
   bool sync_failed_ = false;  // no later one can be trusted
 
+  std::vector<NewPage> new_pages_;  // of the append that runs
+  AlignedBuffer summary_scratch_;
+
   int64_t brought_back_bytes_ = 0;
   int64_t attend_calls_ = 0;
+  int64_t sparse_attends_ = 0;
+  double missing_sum_ = 0.0;  // of the estimated shares of what was left out, one for each query and head
+  int64_t missing_count_ = 0;
+  float missing_max_ = 0.0f;
   int64_t appended_tokens_ = 0;
   int64_t tail_spills_ = 0;  // tails that had to leave memory
   bool arena_full_ = false;  // an append had to make room since the last one began

@@ -39,11 +39,12 @@ class Packer {
 
   // Queued until run(); until then its pages are pinned. Into a quantised page go whole pages of tokens only.
   void add(Job job);
-  // Does what is queued, and hands each job to `done`, in order; if that throws, those that are left to
-  // `undone`. Nothing else runs on the pool meanwhile.
-  template <typename Done, typename Undone>
-  void run(const Done& done, const Undone& undone) {
+  // Does what is queued, calls `packed` while all of it is still in memory, and hands each job to `done`, in
+  // order; if that throws, those that are left to `undone`. Nothing else runs on the pool meanwhile.
+  template <typename Packed, typename Done, typename Undone>
+  void run(const Packed& packed, const Done& done, const Undone& undone) {
     pack_all();
+    packed();
     finish(done, undone);
   }
   // Forgets what is queued, and hands it to `undone`.

@@ -10,7 +10,7 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
   const auto first = static_cast<int64_t>(plan->drive_uses.size());
   const size_t first_read = plan->reads.size();  // a run serves one pass
   for (const PageUse& use : uses) {
-    if (use.page->memory == nullptr) {
+    if (!use.in_memory()) {
       plan->drive_uses.push_back(use);
     } else {
       plan->memory_uses.push_back(use);

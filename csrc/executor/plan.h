@@ -22,8 +22,13 @@ struct PageUse {
   const uint32_t* checksums = nullptr;
   int32_t tile_count = 0;
   int32_t slot = 0;  // the consumer's number for it
+  // In memory outside of the page, or to be put there by whoever reads it.
+  const uint8_t* kept = nullptr;
+  uint8_t* keep_at = nullptr;
 
   bool whole() const { return end == 0; }
+  bool in_memory() const { return kept != nullptr || page->memory != nullptr; }
+  const uint8_t* memory() const { return kept != nullptr ? kept : page->memory + begin; }
   int64_t bytes() const { return whole() ? page->page_bytes() : end - begin; }
   // Where it lies on the drive: whole blocks.
   int64_t file_begin() const { return page->file_offset + begin / kBlockBytes * kBlockBytes; }

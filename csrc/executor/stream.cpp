@@ -538,7 +538,7 @@ void PageStream::work(int number, Pass* pass) {
                        : pass->next_memory_use.fetch_add(pass->pages_per_claim, std::memory_order_relaxed);
       for (int64_t i = memory_use; i < std::min(memory_use + pass->pages_per_claim, memory_count); ++i) {
         const PageUse& use = plan.memory_uses[static_cast<size_t>(i)];
-        pass->consumer->consume(number, use, use.page->memory + use.begin);
+        pass->consumer->consume(number, use, use.memory());
       }
       if (memory_use < memory_count) continue;
       if (!reads) break;

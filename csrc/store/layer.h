@@ -2,6 +2,7 @@
 // I/O.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "store/arena.h"
 #include "store/candidates.h"
 #include "store/extents.h"
+#include "store/summary.h"
 
 namespace csd {
 
@@ -72,14 +74,20 @@ using PageTable = std::deque<Ref<Page>, PoolAllocator<Ref<Page>>>;
 
 // One sequence of the batch. Positions are absolute: dropping old tokens does not renumber the rest.
 struct Row {
-  Row(MemoryPool* pool, Ref<Home> home) : pages(PoolAllocator<Ref<Page>>(pool)), home(std::move(home)) {}
+  Row(MemoryPool* pool, Ref<Home> home)
+      : pages(PoolAllocator<Ref<Page>>(pool)),
+        home(std::move(home)),
+        summaries{RowSummary(pool), RowSummary(pool), RowSummary(pool)} {}
 
   PageTable pages;
   int64_t first_page = 0;
-  int64_t length = 0;  // tokens appended and not truncated
-  Ref<Home> home;      // of the pages that it will fill
+  int64_t length = 0;                               // tokens appended and not truncated
+  Ref<Home> home;                                   // of the pages that it will fill
+  std::array<RowSummary, kSummaryKinds> summaries;  // by kind, of those that the layer keeps
 
   int64_t end_page() const { return first_page + static_cast<int64_t>(pages.size()); }
+  const RowSummary& summary(SummaryKind kind) const { return summaries[static_cast<size_t>(kind)]; }
+  RowSummary& summary(SummaryKind kind) { return summaries[static_cast<size_t>(kind)]; }
   const Ref<Page>& page(int64_t index) const { return pages[static_cast<size_t>(index - first_page)]; }
   void truncate(int64_t new_length) {
     length = new_length;
@@ -93,8 +101,9 @@ struct Layer {
   int64_t begin = 0;  // tokens before it were dropped (sliding windows)
   int64_t epoch =
       0;  // changes whenever a token that could be read before cannot be read at its place any more
-  int64_t number = -1;    // the caller's, for errors to name; -1: it gave none
-  bool restored = false;  // from a catalogue, and not attended to yet
+  int64_t number = -1;                      // the caller's, for errors to name; -1: it gave none
+  bool restored = false;                    // from a catalogue, and not attended to yet
+  std::array<bool, kSummaryKinds> keeps{};  // by kind: summaries of the pages that fill
 };
 
 }  // namespace csd

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from torch_csd.config import parse_kv_dtype
 from torch_csd.errors import StoreError, StoreMismatchError
+from torch_csd.sparse import Sparse
 from torch_csd.store import KVStore, PrefixMatch
 from torch_csd.tensor import StorageTensor
 
@@ -41,6 +42,9 @@ class StorageCache(DynamicCache):
 
         with StorageCache(model.config, "/nvme/kv", memory_budget="2GiB") as cache:
             model.generate(**inputs, past_key_values=cache)
+
+    With `sparse=` (`torch_csd.PageTopK`, `Adaptive` or `SparF`) decode steps read a choice of the tokens instead of all
+    of them: attention is then no longer exact, and `stats()` says how much of the softmax was left out.
 
     With `durable=True` and a `name` it can be kept: `commit` makes what it holds survive the process, and
     `StorageCache.open` finds it again, for the same model: `config` is compared with the one it was made with, and
@@ -71,6 +75,7 @@ class StorageCache(DynamicCache):
         name: str | None = None,
         fingerprint: str | None = None,
         checksums: bool = True,
+        sparse: Sparse | None = None,
     ):
         _check_config(config)
         if durable:
@@ -94,6 +99,7 @@ class StorageCache(DynamicCache):
                 durable=durable,
                 name=name,
                 metadata=_model_metadata(config, fingerprint, kv_dtype) if durable else None,
+                sparse=sparse,
             ),
         )
 
@@ -116,6 +122,7 @@ class StorageCache(DynamicCache):
         simd: str | None = None,
         max_bytes: int | str | None = None,
         checksums: bool = True,
+        sparse: Sparse | None = None,
     ) -> StorageCache:
         """The cache `name` as it was last committed: generation goes on as if the process had never ended.
 
@@ -139,6 +146,7 @@ class StorageCache(DynamicCache):
             simd=simd,
             max_bytes=max_bytes,
             checksums=checksums,
+            sparse=sparse,
         )
         try:
             _check_model(name, store.metadata, config, fingerprint)
@@ -260,6 +268,21 @@ class StorageCache(DynamicCache):
                 raise StoreMismatchError(f"StorageCache: the store holds a layer {number}, this model's cache does not")
             self.layers[number].take_up()
 
+    @property
+    def sparse(self) -> Sparse | None:
+        """How decode steps choose among the stored tokens; None: attention is exact. May be assigned between forwards.
+
+        Calls of more than 16 tokens (prefill) and sliding-window layers are exact in any case.
+        """
+        return self.store.sparse
+
+    @sparse.setter
+    def sparse(self, sparse: Sparse | None) -> None:
+        self.store.sparse = sparse
+        for layer in self.layers:
+            if isinstance(layer, StorageLayer):
+                layer._shown = None  # tensors that are as the store was
+
     def stats(self) -> dict:
         """What was moved by which path so far, and on what: see `KVStore.stats`."""
         return self.store.stats()
@@ -286,6 +309,8 @@ class StorageCache(DynamicCache):
 
 class StorageLayer(DynamicLayer):
     """One full-attention layer: layer `index` of `store`."""
+
+    _exact = False  # whatever the store is set to
 
     def __init__(self, store: KVStore, index: int, latent_dims: tuple[int, int] | None = None):
         # Not super().__init__(): it assigns keys and values, which are derived from the store here.
@@ -357,6 +382,7 @@ class StorageLayer(DynamicLayer):
             kv_end=kv_end,
             dtype=self.dtype,
             device=self.device,
+            exact=self._exact,
             # The prompt's own attention runs on what is still in memory; only what follows goes to the store.
             new_k=key_states if nothing_older else None,
             new_v=value_states if nothing_older else None,
@@ -426,7 +452,13 @@ class StorageLayer(DynamicLayer):
         span = self._held_begin(), kv_end
         if self._shown is None or self._shown[0] != span:
             pair = StorageTensor.pair(
-                self.store, self.index, kv_begin=span[0], kv_end=span[1], dtype=self.dtype, device=self.device
+                self.store,
+                self.index,
+                kv_begin=span[0],
+                kv_end=span[1],
+                dtype=self.dtype,
+                device=self.device,
+                exact=self._exact,
             )
             self._shown = span, pair
         return self._shown[1]
@@ -485,7 +517,10 @@ class StorageSlidingLayer(StorageLayer, DynamicSlidingWindowLayer):
 
     Queries see the last `sliding_window` - 1 tokens before them besides themselves, and the mask that
     transformers makes for such a layer covers exactly that slice, so the window must not be applied again.
+    Their attention is exact: a window is short.
     """
+
+    _exact = True
 
     def __init__(self, store: KVStore, index: int, sliding_window: int, latent_dims: tuple[int, int] | None = None):
         StorageLayer.__init__(self, store, index, latent_dims)

@@ -1,0 +1,510 @@
+#include "executor/sparse.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "base/error.h"
+#include "executor/attend_pass.h"
+
+namespace csd {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Reading through a gap of this size takes as long as a request more (12 us of this class of drives, see
+// `torch-csd bench io`).
+constexpr int64_t kGapBytes = int64_t{32} << 10;
+
+int64_t pages_of(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
+// The pages of one row that a pass may choose among, and for each group of kv heads how much they matter.
+struct Candidates {
+  int64_t row = 0;              // of the block
+  std::vector<PageUse> pages;   // that any query sees, by index
+  std::vector<uint8_t> always;  // [pages]
+  int64_t always_count = 0;
+  std::vector<float> values;       // [choices][pages], greater is better
+  std::vector<float> mass_bounds;  // [num_kv_heads][queries_per_head][pages]: logs; empty unless asked for
+
+  int64_t count() const { return static_cast<int64_t>(pages.size()); }
+};
+
+// Scores of what is kept about pages.
+class Bounds {
+ public:
+  Bounds(const PassContext& context, const Layer& layer, const AttendRequest& request, const AttendPass& pass)
+      : kernels_(*context.kernels),
+        pool_(*context.pool),
+        layer_(layer),
+        request_(request),
+        pass_(pass),
+        shape_(layer.geometry, SummaryKind::kBounds),
+        heads_(layer.geometry, request.num_heads) {}
+
+  // values: one set for each heads_per_choice kv heads. with_masses: mass_bounds, too.
+  void score(int64_t heads_per_choice, bool with_masses, Candidates* candidates) const {
+    const int64_t count = candidates->count();
+    const int64_t choice_count = (heads_.num_kv_heads + heads_per_choice - 1) / heads_per_choice;
+    candidates->values.assign(static_cast<size_t>(choice_count * count), -kInfinity);
+    if (with_masses) {
+      candidates->mass_bounds.assign(
+          static_cast<size_t>(heads_.num_kv_heads * pass_.queries_per_head() * count), 0.0f);
+    }
+    std::atomic<int64_t> next{0};
+    const int workers = static_cast<int>(std::clamp<int64_t>(
+        count * shape_.members_per_page * heads_.num_kv_heads / 4096, 1, pool_.worker_count()));
+    // On own threads before the drive is read: lent ones would spin beside those that wait for it.
+    const bool in_memory = std::all_of(candidates->pages.begin(), candidates->pages.end(),
+                                       [](const PageUse& use) { return use.page->memory != nullptr; });
+    const auto task = [&](int) {
+      for (int64_t choice = next++; choice < choice_count; choice = next++) {
+        const int64_t head_end = std::min(heads_.num_kv_heads, (choice + 1) * heads_per_choice);
+        for (int64_t h = choice * heads_per_choice; h < head_end; ++h) {
+          score_head(h, with_masses, candidates, candidates->values.data() + choice * count);
+        }
+      }
+    };
+    if (in_memory) {
+      pool_.compute(workers, task);
+    } else {
+      pool_.run(workers, task);
+    }
+  }
+
+ private:
+  // Raises values[i] to what page i matters to the query of this kv head that it matters most to: its bound,
+  // relative to all bounds (in logs: the share that it would have of a softmax over them).
+  void score_head(int64_t h, bool with_masses, Candidates* candidates, float* values) const {
+    const int64_t count = candidates->count();
+    const int64_t queries = pass_.queries_per_head();
+    std::vector<float> bounds(static_cast<size_t>(queries * count), kInfinity);  // pages not summarised: +inf
+    std::vector<float> masses;
+    if (with_masses) masses.assign(static_cast<size_t>(queries * count), kInfinity);
+    bound_pages(h, *candidates, bounds.data(), with_masses ? masses.data() : nullptr);
+    apply_rules(h, candidates, bounds.data(), with_masses ? masses.data() : nullptr);
+    for (int64_t m = 0; m < queries; ++m) {
+      const float* own = bounds.data() + m * count;
+      float top = -kInfinity;
+      for (int64_t i = 0; i < count; ++i) {
+        if (candidates->always[static_cast<size_t>(i)] == 0 && own[i] > top) top = own[i];
+      }
+      float sum = 0.0f;
+      for (int64_t i = 0; i < count && std::isfinite(top); ++i) {
+        if (candidates->always[static_cast<size_t>(i)] == 0 && own[i] <= top) sum += std::exp(own[i] - top);
+      }
+      const float base = std::isfinite(top) ? top + std::log(sum) : 0.0f;
+      for (int64_t i = 0; i < count; ++i) {
+        // Not a number: keys that are not finite. They have to be looked at.
+        values[i] = std::isnan(own[i]) ? kInfinity : std::max(values[i], own[i] - base);
+      }
+    }
+    if (with_masses) {
+      std::copy(masses.begin(), masses.end(), candidates->mass_bounds.begin() + h * queries * count);
+    }
+  }
+
+  // bounds, masses [queries][pages]: of the scores' maximum, and of the log of the sum of their exponentials.
+  void bound_pages(int64_t h, const Candidates& candidates, float* bounds, float* masses) const {
+    const int64_t count = candidates.count();
+    const int64_t queries = pass_.queries_per_head();
+    const int64_t width = layer_.geometry.head_dim_k;
+    const float* q = pass_.queries(candidates.row, h);
+    std::vector<float> absolute(static_cast<size_t>(queries * width));
+    std::transform(q, q + queries * width, absolute.begin(), [](float value) { return std::fabs(value); });
+    const PageLayout filling = shape_.filling();
+    const PageLayout full = shape_.full();
+    const int64_t members = shape_.members_per_page;
+    const float group_mass = std::log(static_cast<float>(kPageTokens / members));
+    alignas(64) float centres[kQueryBlock * kPageTokens];
+    alignas(64) float radii[kQueryBlock * kPageTokens];
+    for (int64_t i = 0; i < count;) {
+      const PageUse& first = candidates.pages[static_cast<size_t>(i)];
+      const RowSummary& summary = layer_.rows[static_cast<size_t>(first.row)].summary(SummaryKind::kBounds);
+      if (first.index >= summary.end_page) break;
+      const int64_t block_index = first.index / shape_.pages_per_block();
+      int64_t end = i + 1;
+      while (end < count && candidates.pages[static_cast<size_t>(end)].index < summary.end_page &&
+             candidates.pages[static_cast<size_t>(end)].index / shape_.pages_per_block() == block_index) {
+        end++;
+      }
+      const SummaryBlock& block = *summary.block(block_index);
+      const PageLayout& layout = block.full ? full : filling;
+      const Tile centre_tile(kernels_, layout, block.memory, 2 * h);
+      const Tile radius_tile(kernels_, layout, block.memory, 2 * h + 1);
+      for (int64_t m = 0; m < queries; m += kQueryBlock) {
+        const int64_t together = std::min(kQueryBlock, queries - m);
+        centre_tile.score(q + m * width, together, centres);
+        radius_tile.score(absolute.data() + m * width, together, radii);
+        for (int64_t j = 0; j < together; ++j) {
+          for (int64_t page = i; page < end; ++page) {
+            const int64_t slot =
+                candidates.pages[static_cast<size_t>(page)].index % shape_.pages_per_block() * members;
+            float greatest = -kInfinity;
+            float mass = 0.0f;
+            for (int64_t member = slot; member < slot + members; ++member) {
+              const float bound = capped(centres[j * kPageTokens + member] + radii[j * kPageTokens + member]);
+              if (!(bound <= greatest)) greatest = bound;  // a NaN stays
+            }
+            if (masses != nullptr) {
+              for (int64_t member = slot; member < slot + members; ++member) {
+                mass += std::exp(capped(centres[j * kPageTokens + member] + radii[j * kPageTokens + member]) -
+                                 greatest);
+              }
+              masses[(m + j) * count + page] = greatest + std::log(mass) + group_mass;
+            }
+            bounds[(m + j) * count + page] = greatest;
+          }
+        }
+      }
+      i = end;
+    }
+  }
+
+  float capped(float score) const {
+    return request_.softcap > 0.0f ? request_.softcap * std::tanh(score / request_.softcap) : score;
+  }
+
+  // What masks and ALiBi add at most; minus infinity for pages that a query does not see.
+  void apply_rules(int64_t h, Candidates* candidates, float* bounds, float* masses) const {
+    const bool plain = request_.mask.kind == MaskKind::kNone && request_.alibi_slopes == nullptr &&
+                       request_.q_len == 1 && request_.window == 0;
+    if (plain) return;
+    const int64_t count = candidates->count();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t index = candidates->pages[static_cast<size_t>(i)].index;
+      Rules::BiasRow bias = pass_.rules().bias(candidates->row, index);
+      for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
+        ScoreModifier modifier;
+        pass_.rules().ranges(candidates->row, index, m, 1, &modifier);
+        float most = -kInfinity;
+        if (pass_.rules().complete(candidates->row, index, h, m, &bias, &modifier)) {
+          for (int64_t t = modifier.token_begin; t < modifier.token_end; ++t) {
+            most = std::max(most, (modifier.bias != nullptr ? modifier.bias[t] : 0.0f) +
+                                      modifier.alibi_slope * (modifier.alibi_offset + static_cast<float>(t)));
+          }
+        }
+        const int64_t place = m * count + i;
+        // Not a sum: infinity and minus infinity would give no number.
+        bounds[place] = most == -kInfinity ? most : bounds[place] + most;
+        if (masses != nullptr) masses[place] = most == -kInfinity ? most : masses[place] + most;
+      }
+    }
+  }
+
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  const Layer& layer_;
+  const AttendRequest& request_;
+  const AttendPass& pass_;
+  const SummaryShape shape_;
+  const Heads heads_;
+};
+
+// Attention over the pages that are best by their bounds.
+class PageSelection {
+ public:
+  PageSelection(const PassContext& context, const Layer& layer, const AttendRequest& request,
+                const SparseRequest& sparse, const Block& block, int worker_count)
+      : context_(context),
+        layer_(layer),
+        request_(request),
+        sparse_(sparse),
+        block_(block),
+        heads_(layer.geometry, request.num_heads),
+        shape_(layer.geometry, SummaryKind::kBounds),
+        layouts_(layer.geometry),
+        worker_count_(worker_count),
+        pass_(context, layer, request, block, worker_count) {}
+
+  void run() {
+    find_candidates();
+    const int64_t rounds_max = sparse_.kind == SparseKind::kAdaptive ? 64 : 1;
+    for (int64_t round = 0; round < rounds_max; ++round) {
+      const std::vector<PageUse> uses = next_uses(round);
+      if (uses.empty()) break;
+      masses_.resize(static_cast<size_t>(next_slot_ * pass_.queries_per_head()), -kInfinity);
+      pass_.record(masses_.data());
+      run_chosen(context_, layer_, uses, worker_count_, compute_weight(block_, heads_.group), &pass_);
+      estimate();
+    }
+    pass_.finish();
+  }
+
+ private:
+  // The kv heads that choose together, of one row.
+  struct Choice {
+    Candidates* candidates = nullptr;
+    int64_t head_begin = 0;
+    int64_t head_end = 0;
+    std::vector<int32_t> order;  // pages, the best first; those that are always read are not among them
+    int64_t taken = 0;           // of order
+    bool done = false;
+  };
+
+  void find_candidates() {
+    const std::vector<PageUse> uses = pass_.rules().uses(block_);
+    rows_.resize(static_cast<size_t>(block_.row_count));
+    for (int64_t row = 0; row < block_.row_count; ++row) rows_[static_cast<size_t>(row)].row = row;
+    for (const PageUse& use : uses) {
+      rows_[static_cast<size_t>(use.row - request_.span.row_begin - block_.row_begin)].pages.push_back(use);
+    }
+    const Bounds bounds(context_, layer_, request_, pass_);
+    for (Candidates& row : rows_) {
+      if (row.pages.empty()) continue;
+      mark_always(&row);
+      bounds.score(sparse_.heads_per_choice, sparse_.provable, &row);
+      slots_.emplace_back(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
+      for (int64_t h = 0, number = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice, ++number) {
+        Choice choice;
+        choice.candidates = &row;
+        choice.head_begin = h;
+        choice.head_end = std::min(heads_.num_kv_heads, h + sparse_.heads_per_choice);
+        order(row, row.values.data() + number * row.count(), &choice);
+        choices_.push_back(std::move(choice));
+      }
+    }
+  }
+
+  // The newest tokens, the first ones, and pages that nothing is known of.
+  void mark_always(Candidates* row) const {
+    const int64_t count = row->count();
+    row->always.assign(static_cast<size_t>(count), 0);
+    const Row& stored = layer_.rows[static_cast<size_t>(row->pages.front().row)];
+    const int64_t summarised = stored.summary(SummaryKind::kBounds).end_page;
+    const int64_t end = row_end(layer_, request_.span, block_.row_begin + row->row);
+    const int64_t first_local = std::max<int64_t>(0, end - sparse_.local_tokens) / kPageTokens;
+    const int64_t sinks = std::min(count, pages_of(sparse_.sink_tokens));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t index = row->pages[static_cast<size_t>(i)].index;
+      const bool local = sparse_.local_tokens > 0 && index >= first_local;
+      const bool always = i < sinks || local || index >= summarised;
+      row->always[static_cast<size_t>(i)] = always ? 1 : 0;
+      row->always_count += always ? 1 : 0;
+    }
+  }
+
+  // Of equal pages the newer comes first.
+  void order(const Candidates& row, const float* values, Choice* choice) const {
+    choice->order.reserve(static_cast<size_t>(row.count() - row.always_count));
+    for (int64_t i = 0; i < row.count(); ++i) {
+      if (row.always[static_cast<size_t>(i)] == 0) choice->order.push_back(static_cast<int32_t>(i));
+    }
+    const auto better = [values](int32_t a, int32_t b) {
+      return values[a] != values[b] ? values[a] > values[b] : a > b;
+    };
+    if (sparse_.kind == SparseKind::kAdaptive) {
+      std::sort(choice->order.begin(), choice->order.end(), better);
+      return;
+    }
+    const auto wanted =
+        choice->order.begin() + std::min(page_count(row), static_cast<int64_t>(choice->order.size()));
+    std::nth_element(choice->order.begin(), wanted, choice->order.end(), better);
+    // The last of them tell what the best of those that are left out are like.
+    std::sort(choice->order.begin(), wanted, better);
+  }
+
+  // Pages that are chosen by their bounds, beside those that are always read.
+  int64_t page_count(const Candidates& row) const {
+    const int64_t wanted =
+        sparse_.fraction > 0.0
+            ? static_cast<int64_t>(std::ceil(sparse_.fraction * static_cast<double>(row.count()) - 1e-9))
+            : pages_of(sparse_.tokens);
+    return std::max<int64_t>(0, wanted - row.always_count);
+  }
+
+  // What each choice takes next.
+  std::vector<PageUse> next_uses(int64_t round) {
+    std::vector<std::vector<uint8_t>> wanted(rows_.size());  // [pages][num_kv_heads]
+    for (const Candidates& row : rows_) {
+      wanted[static_cast<size_t>(row.row)].assign(static_cast<size_t>(row.count() * heads_.num_kv_heads), 0);
+    }
+    bool any = false;
+    for (Choice& choice : choices_) {
+      if (choice.done) continue;
+      const Candidates& row = *choice.candidates;
+      std::vector<uint8_t>& of_row = wanted[static_cast<size_t>(row.row)];
+      const auto want = [&](int64_t page) {
+        any = true;
+        for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
+          of_row[static_cast<size_t>(page * heads_.num_kv_heads + h)] = 1;
+        }
+      };
+      if (round == 0) {
+        for (int64_t i = 0; i < row.count(); ++i) {
+          if (row.always[static_cast<size_t>(i)] != 0) want(i);
+        }
+      }
+      const int64_t left = static_cast<int64_t>(choice.order.size()) - choice.taken;
+      const int64_t more = std::min(left, batch_pages(row, choice));
+      for (int64_t i = 0; i < more; ++i) want(choice.order[static_cast<size_t>(choice.taken + i)]);
+      choice.taken += more;
+      choice.done = sparse_.kind != SparseKind::kAdaptive || more == left;
+    }
+    std::vector<PageUse> uses;
+    if (!any) return uses;
+    for (const Candidates& row : rows_) {
+      for (int64_t i = 0; i < row.count(); ++i) add_uses(row, i, wanted[static_cast<size_t>(row.row)], &uses);
+    }
+    return uses;
+  }
+
+  // The first batch of an adaptive choice is 1/128 of the row, and each doubles what was taken.
+  int64_t batch_pages(const Candidates& row, const Choice& choice) const {
+    if (sparse_.kind == SparseKind::kPageTopK) return page_count(row);
+    return choice.taken > 0 ? choice.taken : std::max<int64_t>(kFirstBatchPages, row.count() / 128);
+  }
+
+  // What heads choose together is one use, so that it can be kept and found again.
+  void add_uses(const Candidates& row, int64_t i, const std::vector<uint8_t>& wanted,
+                std::vector<PageUse>* uses) {
+    const int64_t head_count = heads_.num_kv_heads;
+    const PageUse& page = row.pages[static_cast<size_t>(i)];
+    const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
+    const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(SummaryKind::kBounds);
+    for (int64_t h = 0; h < head_count; h += sparse_.heads_per_choice) {
+      if (wanted[static_cast<size_t>(i * head_count + h)] == 0) continue;
+      const int64_t end = std::min(head_count, h + sparse_.heads_per_choice);
+      PageUse use = page;
+      if (h > 0 || end < head_count) {
+        use.begin = static_cast<int32_t>(h * tile_bytes);
+        use.end = static_cast<int32_t>(end * tile_bytes);
+        use.tile_count = static_cast<int32_t>(end - h);
+        if (page.index < summary.end_page) {
+          const int64_t block = page.index / shape_.pages_per_block();
+          const int64_t place = page.index % shape_.pages_per_block() * head_count + h;
+          use.checksums = summary.block(block)->checksums.data() + place;
+        }
+      }
+      use.slot = static_cast<int32_t>(next_slot_);
+      for (int64_t head = h; head < end; ++head) {
+        slots_[static_cast<size_t>(row.row)][static_cast<size_t>(i * head_count + head)] =
+            static_cast<int32_t>(next_slot_++);
+      }
+      uses->push_back(use);
+    }
+  }
+
+  // What is left out, as a share of the whole: as many pages as are left out, each with the mean mass of the
+  // worst quarter of those that were read. Bounds order pages, so those left out should have less.
+  void estimate() {
+    for (Choice& choice : choices_) {
+      const Candidates& row = *choice.candidates;
+      const int64_t left = static_cast<int64_t>(choice.order.size()) - choice.taken;
+      float worst = 0.0f;
+      for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
+        for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
+          const float share = left == 0 ? 0.0f : left_out(row, choice, h, m);
+          const int64_t index = output_index(heads_, block_, request_.q_len, row.row, h, m);
+          sparse_.missing[index] = share;
+          worst = std::max(worst, share);
+        }
+      }
+      if (worst < 1.0 - sparse_.mass) choice.done = true;
+    }
+  }
+
+  float left_out(const Candidates& row, const Choice& choice, int64_t h, int64_t m) const {
+    const SoftmaxState state = pass_.state(row.row, h, m);
+    if (state.sum == 0.0f) return 1.0f;
+    float total = state.sum;
+    if (request_.sinks != nullptr) {
+      total += std::exp(request_.sinks[h * heads_.group + m % heads_.group] - state.max);
+    }
+    const auto size = static_cast<int64_t>(choice.order.size());
+    float rest = 0.0f;
+    if (sparse_.provable) {
+      const float* bounds = row.mass_bounds.data() + (h * pass_.queries_per_head() + m) * row.count();
+      for (int64_t i = choice.taken; i < size; ++i) {
+        rest += std::exp(std::min(80.0f, bounds[choice.order[static_cast<size_t>(i)]] - state.max));
+      }
+    } else {
+      const auto slots = [&](int64_t page) {
+        return slots_[static_cast<size_t>(row.row)][static_cast<size_t>(page * heads_.num_kv_heads + h)];
+      };
+      const auto mass = [&](int64_t page) {
+        const float value = masses_[static_cast<size_t>(slots(page) * pass_.queries_per_head() + m)];
+        return std::exp(value - state.max);
+      };
+      const int64_t quarter = (choice.taken + 3) / 4;
+      for (int64_t i = choice.taken - quarter; i < choice.taken; ++i) {
+        rest += mass(choice.order[static_cast<size_t>(i)]);
+      }
+      if (quarter == 0) {  // nothing was chosen: what is always read has to do
+        for (int64_t i = 0; i < row.count(); ++i) {
+          if (row.always[static_cast<size_t>(i)] != 0) rest += mass(i);
+        }
+      }
+      rest *= static_cast<float>(size - choice.taken) /
+              static_cast<float>(std::max<int64_t>(1, quarter > 0 ? quarter : row.always_count));
+    }
+    return rest / (total + rest);
+  }
+
+  static constexpr int64_t kFirstBatchPages = 4;
+
+  const PassContext& context_;
+  const Layer& layer_;
+  const AttendRequest& request_;
+  const SparseRequest& sparse_;
+  const Block block_;
+  const Heads heads_;
+  const SummaryShape shape_;
+  const Layouts layouts_;
+  const int worker_count_;
+  AttendPass pass_;
+  std::vector<Candidates> rows_;
+  std::vector<Choice> choices_;
+  std::vector<std::vector<int32_t>> slots_;  // by row: [pages][num_kv_heads], of what was read; -1: not yet
+  std::vector<float> masses_;                // [slots][queries_per_head]
+  int64_t next_slot_ = 0;
+};
+
+}  // namespace
+
+std::vector<SummaryKind> summary_kinds(const SparseRequest& sparse) {
+  if (sparse.kind != SparseKind::kSparF) return {SummaryKind::kBounds};
+  if (!sparse.sketch) return {SummaryKind::kValues};
+  return {SummaryKind::kValues, SummaryKind::kSketch};
+}
+
+void run_chosen(const PassContext& context, const Layer& layer, std::vector<PageUse> uses, int worker_count,
+                int64_t weight, PageConsumer* pass) {
+  if (context.tiles != nullptr) context.tiles->serve(&uses);
+  PageStream& stream = *context.stream;
+  const bool in_memory =
+      std::all_of(uses.begin(), uses.end(), [](const PageUse& use) { return use.in_memory(); });
+  const int64_t page_bytes = layer.geometry.full_precision().page_bytes();
+  if (!in_memory) stream.fit(page_bytes);
+  Plan plan =
+      make_plan(uses, stream.read_bytes_max(page_bytes), in_memory ? nullptr : stream.staged(), kGapBytes);
+  plan.layer = layer.number;
+  int64_t bytes = 0;
+  for (const PageUse& use : uses) bytes += use.bytes();
+  const int64_t mean_bytes = bytes / std::max<int64_t>(1, static_cast<int64_t>(uses.size()));
+  stream.run(plan, nullptr, mean_bytes, weight, worker_count, pass);
+}
+
+void attend_sparse(const PassContext& context, const Layer& layer, const AttendRequest& request,
+                   const SparseRequest& sparse) {
+  const int64_t queries = request.num_heads * request.q_len;
+  const int64_t shared_bytes = AttendPass::bytes_per_query(layer.geometry, 0) * queries;
+  const int64_t bytes_per_worker = AttendPass::bytes_per_query(layer.geometry, 1) * queries - shared_bytes;
+  const int workers = affordable_workers(context, shared_bytes, bytes_per_worker);
+  // Rows may be divided, but not queries: those of a row choose together.
+  for_each_block(request.span.row_count, 1, shared_bytes + workers * bytes_per_worker,
+                 context.scratch_bytes_max, [&](const Block& rows, const Block*) {
+                   const Block block{rows.row_begin, rows.row_count, 0, request.q_len};
+                   if (sparse.kind == SparseKind::kSparF) {
+                     attend_sparf(context, layer, request, sparse, block, workers);
+                   } else {
+                     PageSelection(context, layer, request, sparse, block, workers).run();
+                   }
+                 });
+}
+
+}  // namespace csd

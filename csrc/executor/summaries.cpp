@@ -1,0 +1,258 @@
+// What of a drive keeps summaries: with every append, and where they are missing, by reading pages once.
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <set>
+
+#include "base/error.h"
+#include "executor/drive.h"
+#include "executor/summarise.h"
+
+namespace csd {
+namespace {
+
+constexpr int64_t kCatchUpBytes = int64_t{64}
+                                  << 20;  // of pages at once, so that blocks fill one after another
+
+// Summarises pages of one row as they land. Blocks are there already.
+class SummaryPass : public PageConsumer {
+ public:
+  SummaryPass(const Kernels& kernels, const Geometry& geometry, const SummaryShape& shape,
+              RowSummary* summary, int64_t page_end, int worker_count, AlignedBuffer* scratch)
+      : stored_(geometry.stored()),
+        full_precision_(geometry.full_precision()),
+        shape_(shape),
+        summariser_(kernels, shape),
+        summary_(*summary),
+        locks_(static_cast<size_t>(page_end / shape.pages_per_block() + 1 - summary->first_block)),
+        scratch_(static_cast<float*>(scratch->reserve(worker_count * summariser_.scratch_floats() *
+                                                      static_cast<int64_t>(sizeof(float))))) {}
+
+  void consume(int worker, const PageUse& use, const uint8_t* bytes) override {
+    const int64_t block = use.index / shape_.pages_per_block();
+    float* scratch = scratch_ + worker * summariser_.scratch_floats();
+    std::lock_guard<std::mutex> lock(locks_[static_cast<size_t>(block - summary_.first_block)]);
+    for (int64_t h = 0; h < shape_.num_kv_heads; ++h) {
+      summariser_.add(use.page->quantised ? stored_ : full_precision_, bytes, use.index, h, scratch,
+                      summary_.block(block).get());
+    }
+  }
+
+ private:
+  const PageLayout stored_;
+  const PageLayout full_precision_;
+  const SummaryShape shape_;
+  const Summariser summariser_;
+  RowSummary& summary_;
+  std::deque<std::mutex> locks_;  // of blocks: packing one member may touch its neighbours
+  float* const scratch_;
+};
+
+bool completes_block(const SummaryShape& shape, int64_t page_index) {
+  return (page_index + 1) % shape.pages_per_block() == 0;
+}
+
+// Moves the end over the pages that follow it, and collects the blocks that this makes full.
+void close_gap(const SummaryShape& shape, RowSummary* summary, std::vector<SummaryBlock*>* full) {
+  std::vector<int64_t>& beyond = summary->beyond;
+  for (;;) {
+    const auto next = std::find(beyond.begin(), beyond.end(), summary->end_page);
+    if (next == beyond.end()) return;
+    *next = beyond.back();
+    beyond.pop_back();
+    if (completes_block(shape, summary->end_page)) {
+      full->push_back(summary->block(summary->end_page / shape.pages_per_block()).get());
+    }
+    summary->end_page++;
+  }
+}
+
+}  // namespace
+
+void Drive::keep_summary(int64_t layer_id, SummaryKind kind) {
+  check_process();
+  std::lock_guard<FairMutex> lock(mutex_);
+  find(layer_id).keeps[static_cast<size_t>(kind)] = true;
+}
+
+// The pages of a row that can be summarised: full ones, as they will be stored.
+int64_t Drive::summarised_end(const Layer& layer, const Row& row) {
+  int64_t end = std::min(row.length / kPageTokens, row.end_page());
+  while (layer.geometry.quantised() && end > row.first_page && !row.page(end - 1)->quantised) --end;
+  return end;
+}
+
+// Before an append. Rows that lag behind (summaries were asked for after they had grown) stay behind until
+// they catch up.
+void Drive::begin_summaries(const Layer& layer, Row* row) {
+  for (int kind = 0; kind < kSummaryKinds; ++kind) {
+    RowSummary& summary = row->summaries[kind];
+    const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
+    summary.trim(row->pages.empty() ? row->length / kPageTokens : row->first_page, shape.pages_per_block());
+    summary.beyond.clear();
+    summary.follows = layer.keeps[kind] && summary.end_page >= summarised_end(layer, *row);
+  }
+}
+
+// Makes room for what is kept about a page that is about to be filled. Not always in order: a row's old tail
+// is quantised after the pages behind it.
+void Drive::expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page) {
+  bool wanted = false;
+  for (int kind = 0; kind < kSummaryKinds; ++kind) {
+    RowSummary& summary = row->summaries[kind];
+    if (!summary.follows || index < summary.end_page) continue;
+    summary_block(layer, static_cast<SummaryKind>(kind), &summary, index);
+    wanted = true;
+  }
+  if (wanted) new_pages_.push_back({&layer, row, index, page});
+}
+
+// The block that a page's members go into, which nobody else has, and which is being filled.
+SummaryBlock* Drive::summary_block(const Layer& layer, SummaryKind kind, RowSummary* summary,
+                                   int64_t page_index) {
+  const SummaryShape shape(layer.geometry, kind);
+  const bool has_tiles = shape.tiles_per_head > 0;
+  const int64_t index = page_index / shape.pages_per_block();
+  const auto make = [&] {
+    auto block = Ref<SummaryBlock>::make(&table_memory_, &table_memory_, arena_.get(),
+                                         shape.pages_per_block() * shape.num_kv_heads);
+    if (has_tiles) {
+      const int64_t bytes = shape.filling().page_bytes();
+      block->memory = page_memory(bytes);
+      std::memset(block->memory, 0, static_cast<size_t>(bytes));  // members that are missing are scored, too
+    }
+    if (shape.head_dim_v > 0) block->sums = reinterpret_cast<float*>(page_memory(shape.sums_bytes()));
+    return block;
+  };
+  if (summary->blocks.empty()) summary->first_block = summary->end_page / shape.pages_per_block();
+  while (summary->end_block() <= index) summary->blocks.push_back(make());
+  Ref<SummaryBlock>& place = summary->blocks[static_cast<size_t>(index - summary->first_block)];
+  if (place.use_count() > 1 || place->full) {
+    Ref<SummaryBlock> copy = make();
+    copy->checksums = place->checksums;
+    if (place->sums != nullptr) std::memcpy(copy->sums, place->sums, static_cast<size_t>(shape.sums_bytes()));
+    if (has_tiles && place->full) {
+      const Summariser summariser(kernels_, shape);
+      auto* scratch = static_cast<float*>(
+          summary_scratch_.reserve(summariser.scratch_floats() * static_cast<int64_t>(sizeof(float))));
+      for (int64_t h = 0; h < shape.num_kv_heads; ++h) summariser.reopen(*place, h, scratch, copy->memory);
+    } else if (has_tiles) {
+      std::memcpy(copy->memory, place->memory, static_cast<size_t>(shape.filling().page_bytes()));
+    }
+    place = std::move(copy);
+  }
+  if (has_tiles && completes_block(shape, page_index) && place->next_memory == nullptr) {
+    uint8_t* memory = page_memory(shape.full().page_bytes());
+    place->next_memory = memory;
+  }
+  return place.get();
+}
+
+// All that were expected, once they are filled and before they may leave memory.
+void Drive::summarise_new_pages() {
+  if (new_pages_.empty()) return;
+  struct Item {
+    PageLayout layout;
+    const uint8_t* image;
+    int64_t index;
+    SummaryBlock* block;
+  };
+  const Layer& layer = *new_pages_.front().layer;
+  for (int kind = 0; kind < kSummaryKinds; ++kind) {
+    if (!layer.keeps[kind]) continue;
+    const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
+    const Summariser summariser(kernels_, shape);
+    std::vector<Item> items;
+    std::vector<SummaryBlock*> full;
+    for (const NewPage& page : new_pages_) {
+      RowSummary& summary = page.row->summaries[kind];
+      // One that rows share may have left memory meanwhile: its row catches up later.
+      if (!summary.follows || page.index < summary.end_page || page.page->memory == nullptr) continue;
+      items.push_back({page.page->quantised ? layer.geometry.stored() : layer.geometry.full_precision(),
+                       page.page->memory, page.index,
+                       summary.block(page.index / shape.pages_per_block()).get()});
+      summary.beyond.push_back(page.index);
+      close_gap(shape, &summary, &full);
+    }
+    const auto worker_count = static_cast<int>(std::clamp<int64_t>(
+        std::min<int64_t>(static_cast<int64_t>(items.size()), shape.num_kv_heads), 1, pool_.worker_count()));
+    auto* scratch = static_cast<float*>(summary_scratch_.reserve(worker_count * summariser.scratch_floats() *
+                                                                 static_cast<int64_t>(sizeof(float))));
+    pool_.compute(worker_count, [&](int worker) {
+      float* own = scratch + worker * summariser.scratch_floats();
+      for (int64_t h = worker; h < shape.num_kv_heads; h += worker_count) {
+        for (const Item& item : items) {
+          summariser.add(item.layout, item.image, item.index, h, own, item.block);
+        }
+        for (SummaryBlock* block : full) summariser.finish(h, own, block);
+      }
+    });
+    for (SummaryBlock* block : full) block->turn();
+  }
+  new_pages_.clear();
+}
+
+// Summaries of the full pages that have none yet, for a pass over these rows.
+void Drive::catch_up(Layer* layer, const Span& span, SummaryKind kind) {
+  layer->keeps[static_cast<size_t>(kind)] = true;
+  for (int64_t i = span.row_begin; i < span.row_begin + span.row_count; ++i) {
+    catch_up_row(*layer, &layer->rows[static_cast<size_t>(i)], i, kind);
+  }
+}
+
+void Drive::catch_up_row(const Layer& layer, Row* row, int64_t row_index, SummaryKind kind) {
+  const SummaryShape shape(layer.geometry, kind);
+  RowSummary& summary = row->summary(kind);
+  summary.trim(row->first_page, shape.pages_per_block());
+  const int64_t end = summarised_end(layer, *row);
+  const int64_t page_bytes = layer.geometry.full_precision().page_bytes();
+  const int64_t batch = std::max<int64_t>(1, kCatchUpBytes / page_bytes);
+  while (summary.end_page < end) {
+    const int64_t begin = summary.end_page;
+    const int64_t batch_end = std::min(end, begin + batch);
+    for (int64_t index = begin; index < batch_end; ++index) summary_block(layer, kind, &summary, index);
+    std::vector<PageUse> uses;
+    for (int64_t index = begin; index < batch_end; ++index) {
+      uses.push_back({row->page(index).get(), row_index, index});
+    }
+    stream_->fit(page_bytes);
+    Plan plan = make_plan(uses, stream_->read_bytes_max(page_bytes), stream_->staged());
+    plan.layer = layer.number;
+    const int worker_count = stream_->worker_limit();
+    SummaryPass pass(kernels_, layer.geometry, shape, &summary, batch_end, worker_count, &summary_scratch_);
+    stream_->run(plan, nullptr, page_bytes, 1, worker_count, &pass);
+    const Summariser summariser(kernels_, shape);
+    auto* scratch = static_cast<float*>(
+        summary_scratch_.reserve(summariser.scratch_floats() * static_cast<int64_t>(sizeof(float))));
+    for (int64_t index = begin; index < batch_end; ++index) {
+      if (!completes_block(shape, index)) continue;
+      SummaryBlock* block = summary.block(index / shape.pages_per_block()).get();
+      for (int64_t h = 0; h < shape.num_kv_heads; ++h) summariser.finish(h, scratch, block);
+      block->turn();
+    }
+    summary.end_page = batch_end;
+  }
+}
+
+int64_t Drive::summary_bytes() const {
+  std::set<const SummaryBlock*> counted;
+  int64_t bytes = 0;
+  for (const auto& [id, layer] : layers_) {
+    for (int kind = 0; kind < kSummaryKinds; ++kind) {
+      const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
+      for (const Row& row : layer.rows) {
+        for (const Ref<SummaryBlock>& block : row.summaries[kind].blocks) {
+          if (!counted.insert(block.get()).second) continue;
+          bytes += static_cast<int64_t>(block->checksums.size() * sizeof(uint32_t));
+          if (block->memory != nullptr) bytes += (block->full ? shape.full() : shape.filling()).page_bytes();
+          if (block->sums != nullptr) bytes += shape.sums_bytes();
+        }
+      }
+    }
+  }
+  return bytes;
+}
+
+}  // namespace csd

@@ -1,0 +1,133 @@
+#include "executor/tile_cache.h"
+
+#include <algorithm>
+
+namespace csd {
+
+void TileCache::begin(int64_t layer_id, int64_t bytes_max) {
+  layer_id_ = layer_id;
+  bytes_max_ = bytes_max;
+  refused_ = false;
+  call_++;
+}
+
+void TileCache::serve(std::vector<PageUse>* uses) {
+  for (PageUse& use : *uses) {
+    if (use.whole() || use.page->memory != nullptr) continue;
+    const Key key{use.page, use.begin, use.end};
+    const auto found = entries_.find(key);
+    if (found != entries_.end()) {
+      Entry& entry = found->second;
+      // Two rows that share a page: the second use of what is not there yet reads it, too.
+      if (entry.filled) {
+        use.kept = entry.memory;
+        served_bytes_ += use.bytes();
+      }
+      entry.call = call_;
+      entry.stale = false;
+      continue;
+    }
+    uint8_t* memory = room(use.bytes());
+    if (memory == nullptr) continue;
+    Entry& entry = entries_[key];
+    entry.page = Ref<Page>(const_cast<Page*>(use.page));  // to own it, not to change it
+    entry.memory = memory;
+    entry.bytes = use.bytes();
+    entry.call = call_;
+    of_layer_[layer_id_].push_back(key);
+    use.keep_at = memory;
+  }
+}
+
+uint8_t* TileCache::room(int64_t bytes) {
+  for (;;) {
+    if (bytes_ + bytes <= bytes_max_) {
+      if (uint8_t* memory = arena_.allocate(bytes)) {
+        bytes_ += bytes;
+        return memory;
+      }
+      refused_ = true;
+    }
+    while (!stale_.empty()) {
+      const auto oldest = entries_.find(stale_.front());
+      if (oldest != entries_.end() && oldest->second.stale) break;
+      stale_.pop_front();
+    }
+    if (stale_.empty()) return nullptr;
+    const Key key = stale_.front();
+    stale_.pop_front();
+    erase(key);
+  }
+}
+
+void TileCache::end(bool filled) {
+  std::vector<Key>& keys = of_layer_[layer_id_];
+  size_t kept = 0;
+  for (const Key& key : keys) {
+    const auto found = entries_.find(key);
+    if (found == entries_.end()) continue;
+    Entry& entry = found->second;
+    if (entry.listed == call_) continue;  // it went and came back
+    entry.listed = call_;
+    if (entry.call == call_ && !entry.filled) {
+      if (!filled) {
+        erase(key);
+        continue;
+      }
+      entry.filled = true;
+    } else if (entry.call != call_ && !entry.stale) {
+      entry.stale = true;
+      stale_.push_back(key);
+    }
+    keys[kept++] = key;
+  }
+  keys.resize(kept);
+}
+
+void TileCache::erase(const Key& key) {
+  const auto found = entries_.find(key);
+  bytes_ -= found->second.bytes;
+  arena_.release(found->second.memory);
+  entries_.erase(found);
+}
+
+bool TileCache::drop_one() {
+  if (entries_.empty()) return false;
+  while (!stale_.empty()) {
+    const Key key = stale_.front();
+    stale_.pop_front();
+    const auto found = entries_.find(key);
+    if (found == entries_.end() || !found->second.stale) continue;
+    erase(key);
+    return true;
+  }
+  erase(entries_.begin()->first);
+  return true;
+}
+
+void TileCache::clear() {
+  while (!entries_.empty()) erase(entries_.begin()->first);
+  of_layer_.clear();
+  stale_.clear();
+}
+
+void TileCache::release_unused() {
+  std::unordered_map<const Page*, int64_t> own;  // several tiles of a page may be here
+  for (const auto& [key, entry] : entries_) own[key.page]++;
+  std::vector<Key> gone;
+  for (const auto& [key, entry] : entries_) {
+    if (entry.page.use_count() == own[key.page]) gone.push_back(key);
+  }
+  for (const Key& key : gone) erase(key);
+}
+
+void TileCache::forget(int64_t layer_id) {
+  const auto found = of_layer_.find(layer_id);
+  if (found == of_layer_.end()) return;
+  for (const Key& key : found->second) {
+    if (entries_.count(key) != 0) erase(key);
+  }
+  of_layer_.erase(found);
+}
+
+}  // namespace csd

@@ -1,0 +1,178 @@
+"""Sparse attention: which stored tokens a decode step reads. Settings only; the executor chooses and computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch_csd.config import as_int
+
+# Calls with more queries than this are exact: each query wants other tokens, so together they want most of them.
+QUERIES_MAX = 16
+
+
+@dataclass(frozen=True)
+class PageTopK:
+    """Exact attention over the pages (64 tokens) whose bound of the score is highest.
+
+    A page's bound is the largest score that any key within its per-channel bounds could have (Quest, 2406.10774,
+    section 3.2). The bounds are kept in memory in 4 bits, at most 2 % of the cache: of groups of 16 tokens where it is
+    not quantised, of 32 for int8, of 64 for int4. One choice per kv head, over all its queries: a page counts by the
+    query that it matters most to. Formulas: :func:`torch_csd.reference.page_top_k`.
+
+    Args:
+        fraction: of the row's pages that are attended to, in (0, 1]; rounded up to whole pages.
+        tokens: the same as a number of tokens; rounded up to whole pages. Either this or ``fraction``.
+        local: newest tokens that are always attended to, in whole pages. They and ``sink`` count.
+        sink: first tokens that are always attended to, in whole pages.
+        heads_per_choice: kv heads that choose together. Their tiles lie side by side, so that one read brings them all:
+            fewer and larger reads for less choice.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    fraction: float | None = None
+    tokens: int | None = None
+    local: int = 64
+    sink: int = 64
+    heads_per_choice: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.tokens is None):
+            raise ValueError("PageTopK wants either fraction= or tokens=")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"PageTopK: fraction must be in (0, 1], got {self.fraction!r}")
+        if self.tokens is not None:
+            as_int(self.tokens, "PageTopK: tokens", low=1)
+        _check_common(self)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Exact attention over pages in the order of their bounds, until what is left out is below ``1 - mass``.
+
+    A knob in terms of error: heads that look at a few tokens read a few pages, others more. The pages are ordered as
+    :class:`PageTopK` orders them and read in batches, each twice as large as the one before. After each the mass of
+    what is unread is estimated for every query, as unread pages times the mean mass of the worst quarter of the pages
+    that were chosen so far; where that is below ``1 - mass`` of the whole for all queries of a kv head, that head is
+    done. (Bounds order the pages, so that unread ones should weigh less. It is an estimate: a page whose bound says
+    little of it may be missed.)
+
+    Args:
+        mass: of the softmax that is to be attended to, in (0, 1).
+        provable: counts an unread page with the most that its bounds allow instead of an estimate. The error is then
+            below ``1 - mass`` for certain, and most pages are read.
+        local, sink, heads_per_choice: as in :class:`PageTopK`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    mass: float = 0.99
+    provable: bool = False
+    local: int = 64
+    sink: int = 64
+    heads_per_choice: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mass < 1.0:
+            raise ValueError(f"Adaptive: mass must be in (0, 1), got {self.mass!r}")
+        _check_common(self)
+
+
+@dataclass(frozen=True)
+class SparF:
+    """InstInfer's flash-aware sparse attention (2409.04992, section IV), after SparQ (2312.04985, algorithm 1).
+
+    Step 1 scores all tokens by the ``channels`` channels of K in which the queries of a kv head are largest; step 2
+    attends to the ``tokens`` tokens that score highest and to the ``local`` newest, and gives the mean of all V the
+    weight that step 1 saw elsewhere. One choice per kv head. Formulas: :func:`torch_csd.reference.sparf`.
+
+    Args:
+        channels: of K, that step 1 reads; head_dim of K at most (more are taken for that).
+        tokens: that step 2 attends to, besides the newest.
+        local: newest tokens that are always attended to.
+        mean_value: the tokens that are left out count with the mean of V; else they do not count at all.
+        step1: ``"channels"``: from the stored channels of K, literally. ``"sketch"``: from a 4-bit copy of K in memory,
+            a seventh of a bfloat16 cache; all channels count then.
+
+    Where a padding mask hides a part of a page, the mean is over the whole page.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    channels: int
+    tokens: int
+    local: int = 64
+    mean_value: bool = True
+    step1: str = "channels"
+
+    def __post_init__(self) -> None:
+        as_int(self.channels, "SparF: channels", low=1)
+        as_int(self.tokens, "SparF: tokens", low=1)
+        as_int(self.local, "SparF: local", low=0)
+        if self.step1 not in ("channels", "sketch"):
+            raise ValueError(f'SparF: step1 must be "channels" or "sketch", got {self.step1!r}')
+
+
+Sparse = SparF | PageTopK | Adaptive
+
+# What a layer keeps in memory for it, as csrc/store/summary.h counts: sums of V, bounds of K, a sketch of K.
+SUMMARY_VALUES, SUMMARY_BOUNDS, SUMMARY_SKETCH = 0, 1, 2
+
+
+class SparseArguments(NamedTuple):
+    """Settings as the native op takes them; those that a kind does not have are 0."""
+
+    kind: int
+    fraction: float
+    tokens: int
+    local: int
+    sink: int
+    heads_per_choice: int
+    mass: float
+    provable: bool
+    channels: int
+    mean_value: bool
+    sketch: bool
+
+
+def check_sparse(sparse: object) -> Sparse | None:
+    """``sparse``, if it is one of these settings or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if sparse is not None and not isinstance(sparse, Sparse):
+        raise TypeError(f"sparse must be SparF(...), PageTopK(...), Adaptive(...) or None (exact), got {sparse!r}")
+    return sparse
+
+
+def summary_kinds(sparse: Sparse) -> tuple[int, ...]:
+    """Of what a layer has to keep."""
+    if not isinstance(sparse, SparF):
+        return (SUMMARY_BOUNDS,)
+    return (SUMMARY_VALUES, SUMMARY_SKETCH) if sparse.step1 == "sketch" else (SUMMARY_VALUES,)
+
+
+def op_arguments(sparse: Sparse) -> SparseArguments:
+    match sparse:
+        case PageTopK():
+            common = (sparse.local, sparse.sink, sparse.heads_per_choice)
+            return SparseArguments(0, sparse.fraction or 0.0, sparse.tokens or 0, *common, 0.0, False, 0, False, False)
+        case Adaptive():
+            common = (sparse.local, sparse.sink, sparse.heads_per_choice)
+            return SparseArguments(1, 0.0, 0, *common, sparse.mass, sparse.provable, 0, False, False)
+        case SparF():
+            sketch = sparse.step1 == "sketch"
+            choice = (sparse.channels, sparse.mean_value, sketch)
+            return SparseArguments(2, 0.0, sparse.tokens, sparse.local, 0, 1, 0.0, False, *choice)
+
+
+def _check_common(settings: PageTopK | Adaptive) -> None:
+    name = type(settings).__name__
+    as_int(settings.local, f"{name}: local", low=0)
+    as_int(settings.sink, f"{name}: sink", low=0)
+    as_int(settings.heads_per_choice, f"{name}: heads_per_choice", low=1)
