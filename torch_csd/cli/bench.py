@@ -161,6 +161,41 @@ def attention(
 
 
 @app.command()
+def sparse(
+    context: Annotated[str | None, typer.Option(help="Tokens. Default: 128k, quick: 16k.", metavar="N")] = None,
+    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, metavar="N", help="Key and value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=8, metavar="N", help="A multiple of 8.")] = 128,
+    directory: Directory = None,
+    memory_budget: MemoryBudget = None,
+    threads: Threads = None,
+    io_engine: IoEngine = "auto",
+    kv_dtype: KvDtype = "bfloat16,int8,int4",
+    rounds: Rounds = None,
+    quick: Quick = False,
+    json_to: Json = None,
+) -> None:
+    """One layer's sparse attention, cold: page selection and SparF beside dense attention."""
+    with _user_errors():
+        settings = _settings(directory, memory_budget, threads, io_engine, kv_dtype, rounds, quick, json_to, None)
+        from torch_csd.bench import sparse as bench
+        from torch_csd.bench.attention import Shape
+        from torch_csd.bench.report import Report
+        from torch_csd.bench.settings import parse_count, tokens_text
+
+        if heads % kv_heads or head_dim % 8:
+            raise UserError(f"--heads {heads} must be a multiple of --kv-heads {kv_heads}, --head-dim of 8")
+        tokens = parse_count(context or ("16k" if quick else "128k"))
+        title = (
+            f"sparse attention of one token over {tokens_text(tokens)} ({heads} heads, {kv_heads} kv heads, "
+            f"head_dim {head_dim})"
+        )
+        report = Report("sparse", title, settings, json_to=json_to)
+        bench.run(settings, report, tokens, Shape(heads, kv_heads, head_dim))
+        report.finish()
+
+
+@app.command()
 def decode(
     context: Annotated[
         str | None, typer.Option(help="Tokens in the cache. Default: 32k, quick: 4k.", metavar="N")
