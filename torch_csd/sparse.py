@@ -27,6 +27,8 @@ class PageTopK:
         sink: first tokens that are always attended to, in whole pages.
         heads_per_choice: kv heads that choose together. Their tiles lie side by side, so that one read brings them all:
             fewer and larger reads for less choice.
+        by: ``"bounds"``, or ``"sketch"``: pages are weighed by a 4-bit copy of K in memory, a seventh of a bfloat16
+            cache; what they weigh is then known within a few per cent.
 
     Raises:
         ValueError: a setting is out of range.
@@ -37,6 +39,7 @@ class PageTopK:
     local: int = 64
     sink: int = 64
     heads_per_choice: int = 1
+    by: str = "bounds"
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.tokens is None):
@@ -57,13 +60,13 @@ class Adaptive:
     what is unread is estimated for every query, as unread pages times the mean mass of the worst quarter of the pages
     that were chosen so far; where that is below ``1 - mass`` of the whole for all queries of a kv head, that head is
     done. (Bounds order the pages, so that unread ones should weigh less. It is an estimate: a page whose bound says
-    little of it may be missed.)
+    little of it may be missed.) With a sketch, what is unread is weighed page by page.
 
     Args:
         mass: of the softmax that is to be attended to, in (0, 1).
         provable: counts an unread page with the most that its bounds allow instead of an estimate. The error is then
             below ``1 - mass`` for certain, and most pages are read.
-        local, sink, heads_per_choice: as in :class:`PageTopK`.
+        local, sink, heads_per_choice, by: as in :class:`PageTopK`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -74,10 +77,13 @@ class Adaptive:
     local: int = 64
     sink: int = 64
     heads_per_choice: int = 1
+    by: str = "bounds"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mass < 1.0:
             raise ValueError(f"Adaptive: mass must be in (0, 1), got {self.mass!r}")
+        if self.provable and self.by != "bounds":
+            raise ValueError('Adaptive: a sketch proves nothing; provable goes with by="bounds"')
         _check_common(self)
 
 
@@ -150,10 +156,45 @@ def check_sparse(sparse: object) -> Sparse | None:
     return sparse
 
 
+def parse_sparse(text: str) -> Sparse:
+    """What is meant by ``"page:1/16"``, ``"page:4096"`` (tokens), ``"adaptive:0.99"``, ``"sparf:32,128"`` (channels,
+    tokens); ``page-sketch:``, ``adaptive-sketch:`` and ``sparf-sketch:128`` (tokens) choose by a sketch.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    kind, _, rest = text.partition(":")
+    sketch = kind.endswith("-sketch")
+    by = "sketch" if sketch else "bounds"
+    try:
+        match kind.removesuffix("-sketch"):
+            case "page" if "." in rest or "/" in rest:
+                above, _, below = rest.partition("/")
+                return PageTopK(fraction=float(above) / float(below or 1), by=by)
+            case "page":
+                return PageTopK(tokens=int(rest), by=by)
+            case "adaptive":
+                return Adaptive(mass=float(rest), by=by)
+            case "sparf" if sketch:
+                return SparF(channels=1, tokens=int(rest), step1="sketch")
+            case "sparf":
+                channels, tokens = map(int, rest.split(","))
+                return SparF(channels=channels, tokens=tokens)
+    except ZeroDivisionError:
+        pass
+    except ValueError as error:
+        if "must be" in str(error):
+            raise
+    raise ValueError(
+        "sparse must be page:FRACTION, page:TOKENS, adaptive:MASS, sparf:CHANNELS,TOKENS or sparf-sketch:TOKENS (also "
+        f"page-sketch:, adaptive-sketch:), such as page:1/16, got {text!r}"
+    )
+
+
 def summary_kinds(sparse: Sparse) -> tuple[int, ...]:
     """Of what a layer has to keep."""
     if not isinstance(sparse, SparF):
-        return (SUMMARY_BOUNDS,)
+        return (SUMMARY_SKETCH if sparse.by == "sketch" else SUMMARY_BOUNDS,)
     return (SUMMARY_VALUES, SUMMARY_SKETCH) if sparse.step1 == "sketch" else (SUMMARY_VALUES,)
 
 
@@ -161,10 +202,12 @@ def op_arguments(sparse: Sparse) -> SparseArguments:
     match sparse:
         case PageTopK():
             common = (sparse.local, sparse.sink, sparse.heads_per_choice)
-            return SparseArguments(0, sparse.fraction or 0.0, sparse.tokens or 0, *common, 0.0, False, 0, False, False)
+            amount = (sparse.fraction or 0.0, sparse.tokens or 0)
+            return SparseArguments(0, *amount, *common, 0.0, False, 0, False, sparse.by == "sketch")
         case Adaptive():
             common = (sparse.local, sparse.sink, sparse.heads_per_choice)
-            return SparseArguments(1, 0.0, 0, *common, sparse.mass, sparse.provable, 0, False, False)
+            error = (sparse.mass, sparse.provable)
+            return SparseArguments(1, 0.0, 0, *common, *error, 0, False, sparse.by == "sketch")
         case SparF():
             sketch = sparse.step1 == "sketch"
             choice = (sparse.channels, sparse.mean_value, sketch)
@@ -176,3 +219,5 @@ def _check_common(settings: PageTopK | Adaptive) -> None:
     as_int(settings.local, f"{name}: local", low=0)
     as_int(settings.sink, f"{name}: sink", low=0)
     as_int(settings.heads_per_choice, f"{name}: heads_per_choice", low=1)
+    if settings.by not in ("bounds", "sketch"):
+        raise ValueError(f'{name}: by must be "bounds" or "sketch", got {settings.by!r}')

@@ -37,13 +37,15 @@ struct Candidates {
 // Scores of what is kept about pages.
 class Bounds {
  public:
-  Bounds(const PassContext& context, const Layer& layer, const AttendRequest& request, const AttendPass& pass)
+  Bounds(const PassContext& context, const Layer& layer, const AttendRequest& request, const AttendPass& pass,
+         SummaryKind kind)
       : kernels_(*context.kernels),
         pool_(*context.pool),
         layer_(layer),
         request_(request),
         pass_(pass),
-        shape_(layer.geometry, SummaryKind::kBounds),
+        kind_(kind),
+        shape_(layer.geometry, kind),
         heads_(layer.geometry, request.num_heads) {}
 
   // values: one set for each heads_per_choice kv heads. with_masses: mass_bounds, too.
@@ -85,8 +87,13 @@ class Bounds {
     std::vector<float> bounds(static_cast<size_t>(queries * count), kInfinity);  // pages not summarised: +inf
     std::vector<float> masses;
     if (with_masses) masses.assign(static_cast<size_t>(queries * count), kInfinity);
-    bound_pages(h, *candidates, bounds.data(), with_masses ? masses.data() : nullptr);
-    apply_rules(h, candidates, bounds.data(), with_masses ? masses.data() : nullptr);
+    if (kind_ == SummaryKind::kSketch) {
+      weigh_pages(h, *candidates, bounds.data());
+      if (with_masses) masses = bounds;
+    } else {
+      bound_pages(h, *candidates, bounds.data(), with_masses ? masses.data() : nullptr);
+      apply_rules(h, candidates, bounds.data(), with_masses ? masses.data() : nullptr);
+    }
     for (int64_t m = 0; m < queries; ++m) {
       const float* own = bounds.data() + m * count;
       float top = -kInfinity;
@@ -105,6 +112,35 @@ class Bounds {
     }
     if (with_masses) {
       std::copy(masses.begin(), masses.end(), candidates->mass_bounds.begin() + h * queries * count);
+    }
+  }
+
+  // masses [queries][pages]: the log of the sum of the exponentials of the scores, as a sketch has them.
+  void weigh_pages(int64_t h, const Candidates& candidates, float* masses) const {
+    const int64_t count = candidates.count();
+    const int64_t queries = pass_.queries_per_head();
+    const float* q = pass_.queries(candidates.row, h);
+    const PageLayout full = shape_.full();
+    alignas(64) float scores[kQueryBlock * kPageTokens];
+    ScoreModifier modifiers[kQueryBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      const PageUse& page = candidates.pages[static_cast<size_t>(i)];
+      const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(kind_);
+      if (page.index >= summary.end_page) break;
+      const Tile tile(kernels_, full, summary.block(page.index)->memory, h);
+      Rules::BiasRow bias = pass_.rules().bias(candidates.row, page.index);
+      for (int64_t m = 0; m < queries; m += kQueryBlock) {
+        const int64_t together = std::min(kQueryBlock, queries - m);
+        pass_.rules().ranges(candidates.row, page.index, m, together, modifiers);
+        tile.score(q + m * layer_.geometry.head_dim_k, together, scores);
+        for (int64_t j = 0; j < together; ++j) {
+          SoftmaxState state{-kInfinity, 0.0f};
+          if (pass_.rules().complete(candidates.row, page.index, h, m + j, &bias, &modifiers[j])) {
+            kernels_.softmax_row(scores + j * kPageTokens, modifiers[j], &state);
+          }
+          masses[(m + j) * count + i] = state.max + std::log(state.sum);
+        }
+      }
     }
   }
 
@@ -201,6 +237,7 @@ class Bounds {
   const Layer& layer_;
   const AttendRequest& request_;
   const AttendPass& pass_;
+  const SummaryKind kind_;
   const SummaryShape shape_;
   const Heads heads_;
 };
@@ -216,7 +253,8 @@ class PageSelection {
         sparse_(sparse),
         block_(block),
         heads_(layer.geometry, request.num_heads),
-        shape_(layer.geometry, SummaryKind::kBounds),
+        kind_(sparse.sketch ? SummaryKind::kSketch : SummaryKind::kBounds),
+        shape_(layer.geometry, kind_),
         layouts_(layer.geometry),
         worker_count_(worker_count),
         pass_(context, layer, request, block, worker_count) {}
@@ -253,11 +291,11 @@ class PageSelection {
     for (const PageUse& use : uses) {
       rows_[static_cast<size_t>(use.row - request_.span.row_begin - block_.row_begin)].pages.push_back(use);
     }
-    const Bounds bounds(context_, layer_, request_, pass_);
+    const Bounds bounds(context_, layer_, request_, pass_, kind_);
     for (Candidates& row : rows_) {
       if (row.pages.empty()) continue;
       mark_always(&row);
-      bounds.score(sparse_.heads_per_choice, sparse_.provable, &row);
+      bounds.score(sparse_.heads_per_choice, knows_masses(), &row);
       slots_.emplace_back(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
       for (int64_t h = 0, number = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice, ++number) {
         Choice choice;
@@ -275,7 +313,7 @@ class PageSelection {
     const int64_t count = row->count();
     row->always.assign(static_cast<size_t>(count), 0);
     const Row& stored = layer_.rows[static_cast<size_t>(row->pages.front().row)];
-    const int64_t summarised = stored.summary(SummaryKind::kBounds).end_page;
+    const int64_t summarised = stored.summary(kind_).end_page;
     const int64_t end = row_end(layer_, request_.span, block_.row_begin + row->row);
     const int64_t first_local = std::max<int64_t>(0, end - sparse_.local_tokens) / kPageTokens;
     const int64_t sinks = std::min(count, pages_of(sparse_.sink_tokens));
@@ -353,10 +391,36 @@ class PageSelection {
     return uses;
   }
 
-  // The first batch of an adaptive choice is 1/128 of the row, and each doubles what was taken.
+  // The first batch of an adaptive choice is 1/128 of the row, or what a sketch says; each other one doubles
+  // what was taken.
   int64_t batch_pages(const Candidates& row, const Choice& choice) const {
     if (sparse_.kind == SparseKind::kPageTopK) return page_count(row);
-    return choice.taken > 0 ? choice.taken : std::max<int64_t>(kFirstBatchPages, row.count() / 128);
+    if (choice.taken > 0) return choice.taken;
+    return std::max(kFirstBatchPages, sparse_.sketch ? pages_for_mass(row, choice) : row.count() / 128);
+  }
+
+  // As many of the best pages as leave out less than 1 - mass for every query, as a sketch weighs them.
+  int64_t pages_for_mass(const Candidates& row, const Choice& choice) const {
+    int64_t pages = 0;
+    for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
+      for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
+        const float* masses = row.mass_bounds.data() + (h * pass_.queries_per_head() + m) * row.count();
+        float top = -kInfinity;
+        for (const int32_t page : choice.order) top = std::max(top, masses[page]);
+        if (!std::isfinite(top)) continue;
+        float total = 0.0f;
+        for (const int32_t page : choice.order) total += std::exp(masses[page] - top);
+        float rest = 0.0f;
+        auto left = static_cast<int64_t>(choice.order.size());
+        while (left > 0) {
+          rest += std::exp(masses[choice.order[static_cast<size_t>(left - 1)]] - top);
+          if (rest >= (1.0f - static_cast<float>(sparse_.mass)) * total) break;
+          left--;
+        }
+        pages = std::max(pages, left);
+      }
+    }
+    return pages;
   }
 
   // What heads choose together is one use, so that it can be kept and found again.
@@ -365,7 +429,7 @@ class PageSelection {
     const int64_t head_count = heads_.num_kv_heads;
     const PageUse& page = row.pages[static_cast<size_t>(i)];
     const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
-    const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(SummaryKind::kBounds);
+    const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(kind_);
     for (int64_t h = 0; h < head_count; h += sparse_.heads_per_choice) {
       if (wanted[static_cast<size_t>(i * head_count + h)] == 0) continue;
       const int64_t end = std::min(head_count, h + sparse_.heads_per_choice);
@@ -417,7 +481,7 @@ class PageSelection {
     }
     const auto size = static_cast<int64_t>(choice.order.size());
     float rest = 0.0f;
-    if (sparse_.provable) {
+    if (knows_masses()) {
       const float* bounds = row.mass_bounds.data() + (h * pass_.queries_per_head() + m) * row.count();
       for (int64_t i = choice.taken; i < size; ++i) {
         rest += std::exp(std::min(80.0f, bounds[choice.order[static_cast<size_t>(i)]] - state.max));
@@ -445,6 +509,9 @@ class PageSelection {
     return rest / (total + rest);
   }
 
+  // Of every page, from what is kept about it: at most that, or by a sketch about that.
+  bool knows_masses() const { return sparse_.provable || sparse_.sketch; }
+
   static constexpr int64_t kFirstBatchPages = 4;
 
   const PassContext& context_;
@@ -453,6 +520,7 @@ class PageSelection {
   const SparseRequest& sparse_;
   const Block block_;
   const Heads heads_;
+  const SummaryKind kind_;
   const SummaryShape shape_;
   const Layouts layouts_;
   const int worker_count_;
@@ -467,7 +535,7 @@ class PageSelection {
 }  // namespace
 
 std::vector<SummaryKind> summary_kinds(const SparseRequest& sparse) {
-  if (sparse.kind != SparseKind::kSparF) return {SummaryKind::kBounds};
+  if (sparse.kind != SparseKind::kSparF) return {sparse.sketch ? SummaryKind::kSketch : SummaryKind::kBounds};
   if (!sparse.sketch) return {SummaryKind::kValues};
   return {SummaryKind::kValues, SummaryKind::kSketch};
 }

@@ -95,6 +95,15 @@ def generate(
             metavar="DTYPE",
         ),
     ] = None,
+    sparse: Annotated[
+        str | None,
+        typer.Option(
+            help="Read a choice of the tokens at each step, and so not exact: page:1/16 (of the pages), page:4096 "
+            "(tokens), adaptive:0.99 (of the softmax), sparf:32,128 (channels, tokens), sparf-sketch:128. "
+            "Default: all of them.",
+            metavar="CHOICE",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(help="Type of the weights: auto (as saved), float32, bfloat16, float16.", metavar="DTYPE"),
@@ -133,6 +142,7 @@ def generate(
             batch_size=batch_size,
             memory_budget=memory_budget,
             kv_dtype=kv_dtype,
+            sparse=sparse,
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from torch_csd import KVStore, StorageCache, StoreError, fingerprint, swap_attention
 from torch_csd.cli.report import UserError, count, format_bytes, one_line, say, stderr_console
 from torch_csd.cli.rows import OutputRows, Prompt, read_prompts
+from torch_csd.sparse import Sparse, parse_sparse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMMIT_INTERVAL_S = 30.0  # of a long prefill: what a kill costs at the most; a commit takes a fraction of a second
@@ -37,6 +38,7 @@ class Settings:
     batch_size: int = 1
     memory_budget: str = "1GiB"
     kv_dtype: str | None = None
+    sparse: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
     attn_implementation: str = "csd"
@@ -46,6 +48,10 @@ class Settings:
     top_p: float | None = None
     seed: int = 0
     durable: bool = False
+
+    def choice(self) -> Sparse | None:
+        """Raises ValueError if --sparse says nothing that is known."""
+        return None if self.sparse is None else parse_sparse(self.sparse)
 
     @property
     def do_sample(self) -> bool:
@@ -58,16 +64,23 @@ class Moved:
 
     byte_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOVED_BYTES, 0))
     how: str = ""
+    missing_mass: float = 0.0  # of the softmax of each sparse attention, summed
+    sparse_attends: int = 0
 
     def add(self, stats: dict) -> None:
         for name in MOVED_BYTES:
             self.byte_counts[name] += stats[name]
+        self.missing_mass += stats["missing_mass_mean"] * stats["sparse_attends"]
+        self.sparse_attends += stats["sparse_attends"]
         self.how = f"{stats['io_engine']}, {'O_DIRECT' if stats['direct_io'] else 'buffered'}"
 
     def __str__(self) -> str:
         drive, resident, written = (format_bytes(self.byte_counts[name]) for name in MOVED_BYTES)
         how = f" ({self.how})" if self.how else ""
-        return f"KV: {drive} from the drive{how}, {resident} from memory, {written} written"
+        line = f"KV: {drive} from the drive{how}, {resident} from memory, {written} written"
+        if self.sparse_attends > 0:
+            line += f"; left out about {self.missing_mass / self.sparse_attends:.2%} of the attention"
+        return line
 
 
 def run(settings: Settings, *, prompts_file: Path | None, prompt_texts: list[str], output: Path | None) -> int:
@@ -133,6 +146,7 @@ def _check(settings: Settings) -> None:
         raise UserError("--durable keeps one prompt at a time; it goes with --batch-size 1 and --num-beams 1 only")
     kept = {"durable": True, "name": _unused_name()} if settings.durable else {}
     try:
+        settings.choice()
         KVStore(settings.kv_dir, memory_budget=settings.memory_budget, kv_dtype=settings.kv_dtype, **kept).close()
     except (StoreError, ValueError) as error:
         raise UserError(one_line(error)) from None
@@ -265,6 +279,7 @@ class Job:
             self.settings.kv_dir,
             kv_dtype=self.settings.kv_dtype,
             memory_budget=self.settings.memory_budget,
+            sparse=self.settings.choice(),
         ) as cache:
             try:
                 sequences = self.model.generate(
@@ -322,6 +337,7 @@ class Job:
                 fingerprint=self.fingerprint,
                 device=self.model.device,
                 memory_budget=self.settings.memory_budget,
+                sparse=self.settings.choice(),
             )
         try:
             held = cache.get_seq_length()
@@ -346,6 +362,7 @@ class Job:
             durable=True,
             name=name,
             fingerprint=self.fingerprint,
+            sparse=self.settings.choice(),
         )
 
     def _kept_name(self, ids: torch.Tensor) -> str:
