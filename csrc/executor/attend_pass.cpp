@@ -107,10 +107,11 @@ std::vector<PageUse> Rules::uses(const Block& block) const {
     if (first < last) {
       add_uses(layer_, request_.span.row_begin + block_.row_begin + row, first, last, &uses);
     }
-    if (hides_whole_pages()) {
-      uses.erase(std::remove_if(uses.begin() + static_cast<int64_t>(start), uses.end(),
-                                [&](const PageUse& use) { return hidden(row, use.index, first, last); }),
-                 uses.end());
+    if (hides_whole_pages(block)) {
+      uses.erase(
+          std::remove_if(uses.begin() + static_cast<int64_t>(start), uses.end(),
+                         [&](const PageUse& use) { return hidden(block, row, use.index, first, last); }),
+          uses.end());
     }
   }
   return uses;
@@ -167,16 +168,22 @@ std::pair<int64_t, int64_t> Rules::query_range(int64_t row, int64_t query) const
   return {std::min(begin, end), end};
 }
 
-// A padding mask hides whole pages from all heads and queries: those need not be read.
-bool Rules::hides_whole_pages() const {
+// A padding mask hides whole pages from all heads and queries, and so does a model's own choice of tokens for
+// a few queries: those need not be read.
+bool Rules::hides_whole_pages(const Block& block) const {
   return request_.mask.kind == MaskKind::kBool && request_.mask.strides[1] == 0 &&
-         request_.mask.strides[2] == 0;
+         (request_.mask.strides[2] == 0 || block.query_count <= kChoosingQueriesMax);
 }
 
-bool Rules::hidden(int64_t row, int64_t index, int64_t first, int64_t last) const {
+bool Rules::hidden(const Block& block, int64_t row, int64_t index, int64_t first, int64_t last) const {
   BiasRow bias(request_, block_.row_begin + row, index * kPageTokens);
-  return !bias.load(0, 0, std::max<int64_t>(0, first - index * kPageTokens),
-                    std::min(kPageTokens, last - index * kPageTokens));
+  const int64_t begin = std::max<int64_t>(0, first - index * kPageTokens);
+  const int64_t end = std::min(kPageTokens, last - index * kPageTokens);
+  const int64_t queries = request_.mask.strides[2] == 0 ? 1 : block.query_count;
+  for (int64_t query = 0; query < queries; ++query) {
+    if (bias.load(0, block.query_begin + query, begin, end)) return false;
+  }
+  return true;
 }
 
 // ---- attention ----

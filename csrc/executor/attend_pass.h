@@ -15,6 +15,9 @@ namespace csd {
 // Queries whose scores against one tile are held at once: 8 KiB, well inside L1 next to the tile.
 constexpr int64_t kQueryBlock = 32;
 
+// As many queries may each have a mask of their own that is searched for pages nobody sees.
+constexpr int64_t kChoosingQueriesMax = 16;
+
 // Rows and queries that go over the pages together. A query m of a kv head is (i, g): query i of the block,
 // head g of the group, m = i * group + g, so that neighbours have the same causal bound.
 struct Block {
@@ -133,8 +136,8 @@ class Rules {
     return row_end(layer_, request_.span, block_.row_begin + row) - request_.q_len + query;
   }
   std::pair<int64_t, int64_t> query_range(int64_t row, int64_t query) const;
-  bool hides_whole_pages() const;
-  bool hidden(int64_t row, int64_t index, int64_t first, int64_t last) const;
+  bool hides_whole_pages(const Block& block) const;
+  bool hidden(const Block& block, int64_t row, int64_t index, int64_t first, int64_t last) const;
 
   const Layer& layer_;
   const AttendRequest& request_;

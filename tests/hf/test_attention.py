@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
+import torch_csd
 from torch_csd.hf.attention import csd_attention, csd_mask
 
 from .models import assert_same_generation, generate, model_of, prompts
@@ -143,6 +144,24 @@ def test_only_the_chosen_keys_are_attended_to(q_len, kv_len, kind, attend):
     wanted = expected(query, key, value, keep=keep & chosen[:, None])
     seen = keep.expand(BATCH, -1, -1, -1).any(-1)[:, 0]
     torch.testing.assert_close(out[seen], wanted[seen], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_pages_that_hold_no_chosen_key_are_not_read(q_len, tmp_path):
+    kv_len = 64 * 12 + q_len
+    query, key, value = qkv(q_len, kv_len)
+    indices = torch.tensor([64 * 3 + 1, 64 * 7 + 9, kv_len - 1]).expand(BATCH, q_len, -1)
+    with torch_csd.KVStore(tmp_path, memory_budget="8MiB", resident=False) as store:
+        store.append(0, key, value)
+        store.flush()
+        stored = torch_csd.StorageTensor.pair(store, 0)
+        page_bytes = store.stats()["stored_bytes"] // (13 * BATCH)
+        out, _ = csd_attention(Module(), query, *stored, None, indices=indices)
+        assert store.stats()["drive_read_bytes"] == 2 * BATCH * page_bytes
+    keep = torch.zeros(BATCH, 1, q_len, kv_len, dtype=torch.bool)
+    keep[..., [64 * 3 + 1, 64 * 7 + 9]] = True
+    keep[..., -1, -1] = True
+    torch.testing.assert_close(out, expected(query, key, value, keep=keep), atol=2e-5, rtol=0)
 
 
 def test_without_is_causal_every_query_sees_every_key(attend):
