@@ -29,6 +29,8 @@ class PageTopK:
             fewer and larger reads for less choice.
         by: ``"bounds"``, or ``"sketch"``: pages are weighed by a 4-bit copy of K in memory, a seventh of a bfloat16
             cache; what they weigh is then known within a few per cent.
+        mean_value: with a sketch, a page that is left out counts with its weight and the mean of its V, and pages are
+            chosen by the weight that would go to wrong tokens so: those that a query sees evenly need not be read.
 
     Raises:
         ValueError: a setting is out of range.
@@ -40,6 +42,7 @@ class PageTopK:
     sink: int = 64
     heads_per_choice: int = 1
     by: str = "bounds"
+    mean_value: bool = True
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.tokens is None):
@@ -60,13 +63,18 @@ class Adaptive:
     what is unread is estimated for every query, as unread pages times the mean mass of the worst quarter of the pages
     that were chosen so far; where that is below ``1 - mass`` of the whole for all queries of a kv head, that head is
     done. (Bounds order the pages, so that unread ones should weigh less. It is an estimate: a page whose bound says
-    little of it may be missed.) With a sketch, what is unread is weighed page by page.
+    little of it may be missed.)
+
+    With a sketch there is nothing to try: it weighs every page, and what is left out is known within a few per cent
+    before anything is read. With ``mean_value`` besides, ``1 - mass`` bounds the distance (in total variation) between
+    the softmax and what takes its place: heads that look at everything a little read next to nothing.
 
     Args:
         mass: of the softmax that is to be attended to, in (0, 1).
         provable: counts an unread page with the most that its bounds allow instead of an estimate. The error is then
             below ``1 - mass`` for certain, and most pages are read.
-        local, sink, heads_per_choice, by: as in :class:`PageTopK`.
+        by: ``"sketch"``, or ``"bounds"``; default: the latter if ``provable``, else the former.
+        local, sink, heads_per_choice, mean_value: as in :class:`PageTopK`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -77,9 +85,12 @@ class Adaptive:
     local: int = 64
     sink: int = 64
     heads_per_choice: int = 1
-    by: str = "bounds"
+    by: str | None = None
+    mean_value: bool = True
 
     def __post_init__(self) -> None:
+        if self.by is None:
+            object.__setattr__(self, "by", "bounds" if self.provable else "sketch")
         if not 0.0 < self.mass < 1.0:
             raise ValueError(f"Adaptive: mass must be in (0, 1), got {self.mass!r}")
         if self.provable and self.by != "bounds":
@@ -158,23 +169,22 @@ def check_sparse(sparse: object) -> Sparse | None:
 
 def parse_sparse(text: str) -> Sparse:
     """What is meant by ``"page:1/16"``, ``"page:4096"`` (tokens), ``"adaptive:0.99"``, ``"sparf:32,128"`` (channels,
-    tokens); ``page-sketch:``, ``adaptive-sketch:`` and ``sparf-sketch:128`` (tokens) choose by a sketch.
+    tokens); ``page-sketch:`` and ``sparf-sketch:128`` (tokens) choose by a sketch, as ``adaptive:`` does.
 
     Raises:
         ValueError: it is none of these.
     """
     kind, _, rest = text.partition(":")
     sketch = kind.endswith("-sketch")
-    by = "sketch" if sketch else "bounds"
     try:
         match kind.removesuffix("-sketch"):
             case "page" if "." in rest or "/" in rest:
                 above, _, below = rest.partition("/")
-                return PageTopK(fraction=float(above) / float(below or 1), by=by)
+                return PageTopK(fraction=float(above) / float(below or 1), by="sketch" if sketch else "bounds")
             case "page":
-                return PageTopK(tokens=int(rest), by=by)
-            case "adaptive":
-                return Adaptive(mass=float(rest), by=by)
+                return PageTopK(tokens=int(rest), by="sketch" if sketch else "bounds")
+            case "adaptive" if not sketch:
+                return Adaptive(mass=float(rest))
             case "sparf" if sketch:
                 return SparF(channels=1, tokens=int(rest), step1="sketch")
             case "sparf":
@@ -187,15 +197,17 @@ def parse_sparse(text: str) -> Sparse:
             raise
     raise ValueError(
         "sparse must be page:FRACTION, page:TOKENS, adaptive:MASS, sparf:CHANNELS,TOKENS or sparf-sketch:TOKENS (also "
-        f"page-sketch:, adaptive-sketch:), such as page:1/16, got {text!r}"
+        f"page-sketch:), such as page:1/16, got {text!r}"
     )
 
 
 def summary_kinds(sparse: Sparse) -> tuple[int, ...]:
     """Of what a layer has to keep."""
-    if not isinstance(sparse, SparF):
-        return (SUMMARY_SKETCH if sparse.by == "sketch" else SUMMARY_BOUNDS,)
-    return (SUMMARY_VALUES, SUMMARY_SKETCH) if sparse.step1 == "sketch" else (SUMMARY_VALUES,)
+    if isinstance(sparse, SparF):
+        return (SUMMARY_VALUES, SUMMARY_SKETCH) if sparse.step1 == "sketch" else (SUMMARY_VALUES,)
+    if sparse.by == "bounds":
+        return (SUMMARY_BOUNDS,)
+    return (SUMMARY_VALUES, SUMMARY_SKETCH) if sparse.mean_value else (SUMMARY_SKETCH,)
 
 
 def op_arguments(sparse: Sparse) -> SparseArguments:
@@ -203,11 +215,11 @@ def op_arguments(sparse: Sparse) -> SparseArguments:
         case PageTopK():
             common = (sparse.local, sparse.sink, sparse.heads_per_choice)
             amount = (sparse.fraction or 0.0, sparse.tokens or 0)
-            return SparseArguments(0, *amount, *common, 0.0, False, 0, False, sparse.by == "sketch")
+            return SparseArguments(0, *amount, *common, 0.0, False, 0, sparse.mean_value, sparse.by == "sketch")
         case Adaptive():
             common = (sparse.local, sparse.sink, sparse.heads_per_choice)
             error = (sparse.mass, sparse.provable)
-            return SparseArguments(1, 0.0, 0, *common, *error, 0, False, sparse.by == "sketch")
+            return SparseArguments(1, 0.0, 0, *common, *error, 0, sparse.mean_value, sparse.by == "sketch")
         case SparF():
             sketch = sparse.step1 == "sketch"
             choice = (sparse.channels, sparse.mean_value, sketch)

@@ -319,25 +319,33 @@ void AttendPass::finish(const Rest* rest) {
         const SoftmaxState state = merge(row, query, &merged);
         const float sink = request_.sinks != nullptr ? request_.sinks[h * heads_.group + m % heads_.group]
                                                      : -std::numeric_limits<float>::infinity();
-        const float top = std::max(state.max, sink);
-        if (merged == nullptr || state.sum == 0.0f) {  // nothing to attend to: the empty state, out = 0
+        const float rest_log = rest != nullptr ? rest->log_masses[row * queries_per_row_ + query]
+                                               : -std::numeric_limits<float>::infinity();
+        const float* rest_value =
+            rest != nullptr ? rest->values + (row * queries_per_row_ + query) * width : nullptr;
+        const bool nothing = merged == nullptr || state.sum == 0.0f;
+        const float attended_top = std::max(state.max, sink);
+        const float attended = nothing ? 0.0f : state.sum * std::exp(state.max - attended_top);
+        const float with_sink = attended + std::exp(sink - attended_top);
+        request_.lse[index] = nothing ? sink : attended_top + std::log(with_sink);
+        if (rest_log > -std::numeric_limits<float>::infinity()) {
+          const float top = std::max(attended_top, rest_log);
+          const float weight = nothing ? 0.0f : std::exp(state.max - top);
+          const float rest_weight = std::exp(rest_log - top);
+          const float total = (nothing ? 0.0f : state.sum * weight) + std::exp(sink - top) + rest_weight;
+          if (nothing) {
+            kernels_.store(request_.q.dtype, rest_value, rest_weight / total, width,
+                           target + index * target_bytes);
+          } else {
+            kernels_.blend(merged, weight / total, rest_value, rest_weight / total, width, merged);
+            kernels_.store(request_.q.dtype, merged, 1.0f, width, target + index * target_bytes);
+          }
+        } else if (nothing) {  // nothing to attend to: the empty state, out = 0
           std::memset(target + index * target_bytes, 0, static_cast<size_t>(target_bytes));
-          request_.lse[index] = sink;
-          continue;
+        } else {
+          kernels_.store(request_.q.dtype, merged, std::exp(state.max - attended_top) / with_sink, width,
+                         target + index * target_bytes);
         }
-        const float weight = std::exp(state.max - top);
-        const float total = state.sum * weight + std::exp(sink - top);
-        float scale = weight / total;
-        if (rest != nullptr) {
-          // What does not go to the sink is divided between the tokens that were attended to and the mean.
-          const float share = rest->shares[row * queries_per_row_ + query];
-          kernels_.blend(merged, scale * (1.0f - share),
-                         rest->mean_v + (row * heads_.num_kv_heads + h) * width, scale * state.sum * share,
-                         width, merged);
-          scale = 1.0f;
-        }
-        kernels_.store(request_.q.dtype, merged, scale, width, target + index * target_bytes);
-        request_.lse[index] = top + std::log(total);
       }
     }
   }

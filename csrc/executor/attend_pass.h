@@ -180,10 +180,11 @@ class AttendPass : public PageConsumer {
 
   // Merges the workers' partials of a query, for now: its maximum and sum.
   SoftmaxState state(int64_t row, int64_t h, int64_t m) const;
-  // What tokens that were left out stand for: the mean of V with a weight.
+  // What stands for the tokens that were left out, for each query: the log of the sum of their exponentials,
+  // and the mean of their values. lse is of the others.
   struct Rest {
-    const float* shares;  // [rows][num_kv_heads][queries_per_head] of the softmax, in [0, 1]
-    const float* mean_v;  // [rows][num_kv_heads][head_dim_v]
+    const float* log_masses;  // [rows][num_kv_heads][queries_per_head]; minus infinity: nothing
+    const float* values;      // [rows][num_kv_heads][queries_per_head][head_dim_v]
   };
   // Merges the workers' partials and writes out and lse.
   void finish(const Rest* rest = nullptr);

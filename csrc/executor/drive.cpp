@@ -487,10 +487,10 @@ int64_t Drive::staging_room(const Layer& layer, int64_t row_count) const {
       const SummaryShape shape(geometry, static_cast<SummaryKind>(kind));
       for (const Row& row : other.rows) {
         const auto blocks = static_cast<int64_t>(row.summaries[kind].blocks.size());
-        if (shape.tiles_per_head > 0) pages[shape.full().page_bytes()] += blocks;
+        if (shape.tiles_per_head > 0) pages[shape.full_bytes()] += blocks;
         if (shape.head_dim_v > 0) pages[shape.sums_bytes()] += blocks + 1;
       }
-      if (shape.tiles_per_head > 0) pages[shape.filling().page_bytes()] += rows;
+      if (shape.tiles_per_head > 0) pages[shape.filling_bytes()] += rows;
     }
   }
   int64_t room = options_.memory_budget_bytes - scratch_bytes_max_;

@@ -164,7 +164,7 @@ class SparF : public PageConsumer, public TokenChoice {
         pass_(context, layer, request, block, worker_count),
         rows_(static_cast<size_t>(block.row_count)),
         shares_(static_cast<size_t>(block.row_count * heads_.num_kv_heads * pass_.queries_per_head()), 0.0f),
-        mean_(static_cast<size_t>(block.row_count * head_sums()), 0.0f),
+        mean_(static_cast<size_t>(block.row_count * head_sums() * pass_.queries_per_head()), 0.0f),
         sums_(static_cast<size_t>(worker_count * block.row_count * head_sums()), 0.0) {}
 
   void run() {
@@ -172,9 +172,14 @@ class SparF : public PageConsumer, public TokenChoice {
     for (int64_t row = 0; row < block_.row_count; ++row) step_one(row);
     pass_.choose(this);
     run_chosen(context_, layer_, step_two_uses(), worker_count_, compute_weight(block_, heads_.group), this);
+    if (!sparse_.mean_value) {
+      pass_.finish();
+      return;
+    }
     find_means();
-    const AttendPass::Rest rest{shares_.data(), mean_.data()};
-    pass_.finish(sparse_.mean_value ? &rest : nullptr);
+    const std::vector<float> log_masses = rest_masses();
+    const AttendPass::Rest rest{log_masses.data(), mean_.data()};
+    pass_.finish(&rest);
   }
 
   // Step 2. Pages that are not summarised are here for the sum of their values, too.
@@ -460,11 +465,33 @@ class SparF : public PageConsumer, public TokenChoice {
         tokens += (all ? per_block : 1) * kPageTokens;
         i += all ? static_cast<size_t>(per_block) : 1;
       }
-      for (size_t i = 0; i < sums.size(); ++i) {
-        mean_[static_cast<size_t>(row * head_sums()) + i] =
-            static_cast<float>(sums[i] / static_cast<double>(std::max<int64_t>(1, tokens)));
+      const int64_t width = geometry_.head_dim_v;
+      float* mean = mean_.data() + row * pass_.queries_per_head() * head_sums();
+      for (int64_t h = 0; h < heads_.num_kv_heads; ++h) {
+        for (int64_t m = 0; m < pass_.queries_per_head(); ++m, mean += width) {
+          for (int64_t d = 0; d < width; ++d) {
+            mean[d] = static_cast<float>(sums[static_cast<size_t>(h * width + d)] /
+                                         static_cast<double>(std::max<int64_t>(1, tokens)));
+          }
+        }
       }
     }
+  }
+
+  // The mass that gives what is left out its share beside what was attended to.
+  std::vector<float> rest_masses() const {
+    std::vector<float> logs(shares_.size(), -kInfinity);
+    for (int64_t query = 0; query < static_cast<int64_t>(shares_.size()); ++query) {
+      const int64_t queries = pass_.queries_per_head();
+      const int64_t head = query / queries;
+      const SoftmaxState state =
+          pass_.state(head / heads_.num_kv_heads, head % heads_.num_kv_heads, query % queries);
+      const float share = std::min(shares_[static_cast<size_t>(query)], 1.0f - 1e-6f);
+      if (share > 0.0f && state.sum > 0.0f) {
+        logs[static_cast<size_t>(query)] = state.max + std::log(state.sum) + std::log(share / (1.0f - share));
+      }
+    }
+    return logs;
   }
 
   const PassContext& context_;
@@ -481,7 +508,7 @@ class SparF : public PageConsumer, public TokenChoice {
   AttendPass pass_;
   std::vector<Chosen> rows_;
   std::vector<float> shares_;  // [rows][num_kv_heads][queries_per_head]: what step 1 sees elsewhere
-  std::vector<float> mean_;    // [rows][num_kv_heads][head_dim_v]
+  std::vector<float> mean_;    // [rows][num_kv_heads][queries_per_head][head_dim_v]
   std::vector<double> sums_;   // [workers][rows][num_kv_heads][head_dim_v], of pages that are not summarised
 };
 

@@ -28,10 +28,27 @@ struct Candidates {
   std::vector<PageUse> pages;   // that any query sees, by index
   std::vector<uint8_t> always;  // [pages]
   int64_t always_count = 0;
-  std::vector<float> values;       // [choices][pages], greater is better
-  std::vector<float> mass_bounds;  // [num_kv_heads][queries_per_head][pages]: logs; empty unless asked for
+  std::vector<float> values;  // [choices][pages], greater is better
+  // [num_kv_heads][queries_per_head][pages], logs, where they are known: the sum of the exponentials of a
+  // page's scores (or what bounds allow of it), and how much of it would go to wrong tokens if the page's
+  // went to all of its tokens alike.
+  std::vector<float> masses;
+  std::vector<float> errors;
 
   int64_t count() const { return static_cast<int64_t>(pages.size()); }
+  // The log of the sum of the exponentials, over the pages that are chosen among.
+  float log_sum(const float* logs) const {
+    float top = -kInfinity;
+    for (int64_t i = 0; i < count(); ++i) {
+      if (always[static_cast<size_t>(i)] == 0 && logs[i] > top) top = logs[i];
+    }
+    if (!std::isfinite(top)) return 0.0f;
+    float sum = 0.0f;
+    for (int64_t i = 0; i < count(); ++i) {
+      if (always[static_cast<size_t>(i)] == 0 && logs[i] <= top) sum += std::exp(logs[i] - top);
+    }
+    return top + std::log(sum);
+  }
 };
 
 // Scores of what is kept about pages.
@@ -48,15 +65,14 @@ class Bounds {
         shape_(layer.geometry, kind),
         heads_(layer.geometry, request.num_heads) {}
 
-  // values: one set for each heads_per_choice kv heads. with_masses: mass_bounds, too.
-  void score(int64_t heads_per_choice, bool with_masses, Candidates* candidates) const {
+  // values: one set for each heads_per_choice kv heads. with_masses, with_errors: these, too.
+  void score(int64_t heads_per_choice, bool with_masses, bool with_errors, Candidates* candidates) const {
     const int64_t count = candidates->count();
     const int64_t choice_count = (heads_.num_kv_heads + heads_per_choice - 1) / heads_per_choice;
     candidates->values.assign(static_cast<size_t>(choice_count * count), -kInfinity);
-    if (with_masses) {
-      candidates->mass_bounds.assign(
-          static_cast<size_t>(heads_.num_kv_heads * pass_.queries_per_head() * count), 0.0f);
-    }
+    const auto size = static_cast<size_t>(heads_.num_kv_heads * pass_.queries_per_head() * count);
+    if (with_masses) candidates->masses.assign(size, kInfinity);  // of pages that are not summarised
+    if (with_errors) candidates->errors.assign(size, kInfinity);
     std::atomic<int64_t> next{0};
     const int workers = static_cast<int>(std::clamp<int64_t>(
         count * shape_.members_per_page * heads_.num_kv_heads / 4096, 1, pool_.worker_count()));
@@ -67,7 +83,7 @@ class Bounds {
       for (int64_t choice = next++; choice < choice_count; choice = next++) {
         const int64_t head_end = std::min(heads_.num_kv_heads, (choice + 1) * heads_per_choice);
         for (int64_t h = choice * heads_per_choice; h < head_end; ++h) {
-          score_head(h, with_masses, candidates, candidates->values.data() + choice * count);
+          score_head(h, candidates, candidates->values.data() + choice * count);
         }
       }
     };
@@ -80,43 +96,39 @@ class Bounds {
 
  private:
   // Raises values[i] to what page i matters to the query of this kv head that it matters most to: its bound,
-  // relative to all bounds (in logs: the share that it would have of a softmax over them).
-  void score_head(int64_t h, bool with_masses, Candidates* candidates, float* values) const {
+  // relative to all bounds (in logs: the share that it would have of a softmax over them). Where a sketch
+  // weighs pages, its mass or error relative to all masses.
+  void score_head(int64_t h, Candidates* candidates, float* values) const {
     const int64_t count = candidates->count();
     const int64_t queries = pass_.queries_per_head();
-    std::vector<float> bounds(static_cast<size_t>(queries * count), kInfinity);  // pages not summarised: +inf
-    std::vector<float> masses;
-    if (with_masses) masses.assign(static_cast<size_t>(queries * count), kInfinity);
+    std::vector<float> own_bounds;
+    const auto of_head = [&](std::vector<float>& all) {
+      return all.empty() ? nullptr : all.data() + h * queries * count;
+    };
+    float* masses = of_head(candidates->masses);
+    float* errors = of_head(candidates->errors);
+    float* scores = errors != nullptr ? errors : masses;
     if (kind_ == SummaryKind::kSketch) {
-      weigh_pages(h, *candidates, bounds.data());
-      if (with_masses) masses = bounds;
+      weigh_pages(h, *candidates, masses, errors);
     } else {
-      bound_pages(h, *candidates, bounds.data(), with_masses ? masses.data() : nullptr);
-      apply_rules(h, candidates, bounds.data(), with_masses ? masses.data() : nullptr);
+      own_bounds.assign(static_cast<size_t>(queries * count), kInfinity);
+      scores = own_bounds.data();
+      bound_pages(h, *candidates, scores, masses);
+      apply_rules(h, candidates, scores, masses);
     }
+    const float* weights = kind_ == SummaryKind::kSketch ? masses : scores;
     for (int64_t m = 0; m < queries; ++m) {
-      const float* own = bounds.data() + m * count;
-      float top = -kInfinity;
-      for (int64_t i = 0; i < count; ++i) {
-        if (candidates->always[static_cast<size_t>(i)] == 0 && own[i] > top) top = own[i];
-      }
-      float sum = 0.0f;
-      for (int64_t i = 0; i < count && std::isfinite(top); ++i) {
-        if (candidates->always[static_cast<size_t>(i)] == 0 && own[i] <= top) sum += std::exp(own[i] - top);
-      }
-      const float base = std::isfinite(top) ? top + std::log(sum) : 0.0f;
+      const float* own = scores + m * count;
+      const float base = candidates->log_sum(weights + m * count);
       for (int64_t i = 0; i < count; ++i) {
         // Not a number: keys that are not finite. They have to be looked at.
         values[i] = std::isnan(own[i]) ? kInfinity : std::max(values[i], own[i] - base);
       }
     }
-    if (with_masses) {
-      std::copy(masses.begin(), masses.end(), candidates->mass_bounds.begin() + h * queries * count);
-    }
   }
 
-  // masses [queries][pages]: the log of the sum of the exponentials of the scores, as a sketch has them.
-  void weigh_pages(int64_t h, const Candidates& candidates, float* masses) const {
+  // masses, errors [queries][pages]: see Candidates; as a sketch has the scores. errors may be null.
+  void weigh_pages(int64_t h, const Candidates& candidates, float* masses, float* errors) const {
     const int64_t count = candidates.count();
     const int64_t queries = pass_.queries_per_head();
     const float* q = pass_.queries(candidates.row, h);
@@ -134,11 +146,21 @@ class Bounds {
         pass_.rules().ranges(candidates.row, page.index, m, together, modifiers);
         tile.score(q + m * layer_.geometry.head_dim_k, together, scores);
         for (int64_t j = 0; j < together; ++j) {
-          SoftmaxState state{-kInfinity, 0.0f};
-          if (pass_.rules().complete(candidates.row, page.index, h, m + j, &bias, &modifiers[j])) {
-            kernels_.softmax_row(scores + j * kPageTokens, modifiers[j], &state);
+          const int64_t place = (m + j) * count + i;
+          if (!pass_.rules().complete(candidates.row, page.index, h, m + j, &bias, &modifiers[j])) {
+            masses[place] = -kInfinity;
+            if (errors != nullptr) errors[place] = -kInfinity;
+            continue;
           }
-          masses[(m + j) * count + i] = state.max + std::log(state.sum);
+          SoftmaxState state{-kInfinity, 0.0f};
+          const float* p = scores + j * kPageTokens;
+          kernels_.softmax_row(scores + j * kPageTokens, modifiers[j], &state);
+          masses[place] = state.max + std::log(state.sum);
+          if (errors == nullptr) continue;
+          const float mean = state.sum / static_cast<float>(kPageTokens);
+          float apart = 0.0f;
+          for (int64_t t = 0; t < kPageTokens; ++t) apart += std::fabs(p[t] - mean);
+          errors[place] = state.max + std::log(0.5f * apart);
         }
       }
     }
@@ -248,6 +270,7 @@ class PageSelection {
   PageSelection(const PassContext& context, const Layer& layer, const AttendRequest& request,
                 const SparseRequest& sparse, const Block& block, int worker_count)
       : context_(context),
+        kernels_(*context.kernels),
         layer_(layer),
         request_(request),
         sparse_(sparse),
@@ -270,7 +293,13 @@ class PageSelection {
       run_chosen(context_, layer_, uses, worker_count_, compute_weight(block_, heads_.group), &pass_);
       estimate();
     }
-    pass_.finish();
+    if (!has_means()) {
+      pass_.finish();
+      return;
+    }
+    find_rest();
+    const AttendPass::Rest rest{rest_masses_.data(), rest_values_.data()};
+    pass_.finish(&rest);
   }
 
  private:
@@ -295,7 +324,7 @@ class PageSelection {
     for (Candidates& row : rows_) {
       if (row.pages.empty()) continue;
       mark_always(&row);
-      bounds.score(sparse_.heads_per_choice, knows_masses(), &row);
+      bounds.score(sparse_.heads_per_choice, knows_masses(), has_means(), &row);
       slots_.emplace_back(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
       for (int64_t h = 0, number = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice, ++number) {
         Choice choice;
@@ -404,17 +433,15 @@ class PageSelection {
     int64_t pages = 0;
     for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
       for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
-        const float* masses = row.mass_bounds.data() + (h * pass_.queries_per_head() + m) * row.count();
-        float top = -kInfinity;
-        for (const int32_t page : choice.order) top = std::max(top, masses[page]);
-        if (!std::isfinite(top)) continue;
-        float total = 0.0f;
-        for (const int32_t page : choice.order) total += std::exp(masses[page] - top);
+        const int64_t place = (h * pass_.queries_per_head() + m) * row.count();
+        const float* masses = row.masses.data() + place;
+        const float* errors = has_means() ? row.errors.data() + place : masses;
+        const float total = row.log_sum(masses);
         float rest = 0.0f;
         auto left = static_cast<int64_t>(choice.order.size());
         while (left > 0) {
-          rest += std::exp(masses[choice.order[static_cast<size_t>(left - 1)]] - top);
-          if (rest >= (1.0f - static_cast<float>(sparse_.mass)) * total) break;
+          rest += std::exp(errors[choice.order[static_cast<size_t>(left - 1)]] - total);
+          if (!(rest < 1.0f - static_cast<float>(sparse_.mass))) break;
           left--;
         }
         pages = std::max(pages, left);
@@ -482,10 +509,16 @@ class PageSelection {
     const auto size = static_cast<int64_t>(choice.order.size());
     float rest = 0.0f;
     if (knows_masses()) {
-      const float* bounds = row.mass_bounds.data() + (h * pass_.queries_per_head() + m) * row.count();
+      const int64_t place = (h * pass_.queries_per_head() + m) * row.count();
+      const float* masses = row.masses.data() + place;
+      const float* errors = has_means() ? row.errors.data() + place : masses;
+      float error = 0.0f;
       for (int64_t i = choice.taken; i < size; ++i) {
-        rest += std::exp(std::min(80.0f, bounds[choice.order[static_cast<size_t>(i)]] - state.max));
+        const int32_t page = choice.order[static_cast<size_t>(i)];
+        rest += std::exp(std::min(80.0f, masses[page] - state.max));
+        error += std::exp(std::min(80.0f, errors[page] - state.max));
       }
+      return error / (total + rest);
     } else {
       const auto slots = [&](int64_t page) {
         return slots_[static_cast<size_t>(row.row)][static_cast<size_t>(page * heads_.num_kv_heads + h)];
@@ -509,12 +542,65 @@ class PageSelection {
     return rest / (total + rest);
   }
 
+  // For every query: what the pages that were not read weigh together, and the mean of their values.
+  void find_rest() {
+    const int64_t queries = pass_.queries_per_head();
+    const int64_t width = layer_.geometry.head_dim_v;
+    const auto count = static_cast<size_t>(block_.row_count * heads_.num_kv_heads * queries);
+    rest_masses_.assign(count, -kInfinity);
+    rest_values_.assign(count * static_cast<size_t>(width), 0.0f);
+    std::atomic<size_t> next{0};
+    const int workers = std::clamp<int>(static_cast<int>(choices_.size()), 1, context_.pool->worker_count());
+    context_.pool->run(workers, [&](int) {
+      for (size_t i = next++; i < choices_.size(); i = next++) {
+        const Choice& choice = choices_[i];
+        for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
+          for (int64_t m = 0; m < queries; ++m) add_rest(choice, h, m);
+        }
+      }
+    });
+  }
+
+  void add_rest(const Choice& choice, int64_t h, int64_t m) {
+    const Candidates& row = *choice.candidates;
+    const int64_t queries = pass_.queries_per_head();
+    const int64_t width = layer_.geometry.head_dim_v;
+    const int64_t query = (row.row * heads_.num_kv_heads + h) * queries + m;
+    const float* masses = row.masses.data() + (h * queries + m) * row.count();
+    const auto size = static_cast<int64_t>(choice.order.size());
+    float top = -kInfinity;
+    for (int64_t i = choice.taken; i < size; ++i) {
+      top = std::max(top, masses[choice.order[static_cast<size_t>(i)]]);
+    }
+    if (!std::isfinite(top)) return;
+    const RowSummary& values =
+        layer_.rows[static_cast<size_t>(row.pages.front().row)].summary(SummaryKind::kValues);
+    const int64_t per_block = SummaryShape(layer_.geometry, SummaryKind::kValues).pages_per_block();
+    float* mean = rest_values_.data() + query * width;
+    float sum = 0.0f;
+    for (int64_t i = choice.taken; i < size; ++i) {
+      const int32_t page = choice.order[static_cast<size_t>(i)];
+      const float weight = std::exp(masses[page] - top);
+      if (weight < 1e-9f) continue;
+      const int64_t index = row.pages[static_cast<size_t>(page)].index;
+      const float* of_page =
+          values.block(index / per_block)->sums + (index % per_block * heads_.num_kv_heads + h) * width;
+      kernels_.blend(mean, 1.0f, of_page, weight / static_cast<float>(kPageTokens), width, mean);
+      sum += weight;
+    }
+    kernels_.blend(mean, 1.0f / sum, mean, 0.0f, width, mean);
+    rest_masses_[static_cast<size_t>(query)] = top + std::log(sum);
+  }
+
   // Of every page, from what is kept about it: at most that, or by a sketch about that.
   bool knows_masses() const { return sparse_.provable || sparse_.sketch; }
+  // Pages that are left out count with the mean of their values.
+  bool has_means() const { return sparse_.sketch && sparse_.mean_value; }
 
   static constexpr int64_t kFirstBatchPages = 4;
 
   const PassContext& context_;
+  const Kernels& kernels_;
   const Layer& layer_;
   const AttendRequest& request_;
   const SparseRequest& sparse_;
@@ -530,14 +616,19 @@ class PageSelection {
   std::vector<std::vector<int32_t>> slots_;  // by row: [pages][num_kv_heads], of what was read; -1: not yet
   std::vector<float> masses_;                // [slots][queries_per_head]
   int64_t next_slot_ = 0;
+  std::vector<float> rest_masses_;  // [rows][num_kv_heads][queries_per_head]
+  std::vector<float> rest_values_;  // [rows][num_kv_heads][queries_per_head][head_dim_v]
 };
 
 }  // namespace
 
 std::vector<SummaryKind> summary_kinds(const SparseRequest& sparse) {
-  if (sparse.kind != SparseKind::kSparF) return {sparse.sketch ? SummaryKind::kSketch : SummaryKind::kBounds};
-  if (!sparse.sketch) return {SummaryKind::kValues};
-  return {SummaryKind::kValues, SummaryKind::kSketch};
+  const bool sparf = sparse.kind == SparseKind::kSparF;
+  if (!sparf && !sparse.sketch) return {SummaryKind::kBounds};
+  std::vector<SummaryKind> kinds;
+  if (sparf || sparse.mean_value) kinds.push_back(SummaryKind::kValues);
+  if (sparse.sketch) kinds.push_back(SummaryKind::kSketch);
+  return kinds;
 }
 
 void run_chosen(const PassContext& context, const Layer& layer, std::vector<PageUse> uses, int worker_count,

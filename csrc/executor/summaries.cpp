@@ -119,7 +119,7 @@ SummaryBlock* Drive::summary_block(const Layer& layer, SummaryKind kind, RowSumm
     auto block = Ref<SummaryBlock>::make(&table_memory_, &table_memory_, arena_.get(),
                                          shape.pages_per_block() * shape.num_kv_heads);
     if (has_tiles) {
-      const int64_t bytes = shape.filling().page_bytes();
+      const int64_t bytes = shape.filling_bytes();
       block->memory = page_memory(bytes);
       std::memset(block->memory, 0, static_cast<size_t>(bytes));  // members that are missing are scored, too
     }
@@ -139,12 +139,12 @@ SummaryBlock* Drive::summary_block(const Layer& layer, SummaryKind kind, RowSumm
           summary_scratch_.reserve(summariser.scratch_floats() * static_cast<int64_t>(sizeof(float))));
       for (int64_t h = 0; h < shape.num_kv_heads; ++h) summariser.reopen(*place, h, scratch, copy->memory);
     } else if (has_tiles) {
-      std::memcpy(copy->memory, place->memory, static_cast<size_t>(shape.filling().page_bytes()));
+      std::memcpy(copy->memory, place->memory, static_cast<size_t>(shape.filling_bytes()));
     }
     place = std::move(copy);
   }
   if (has_tiles && completes_block(shape, page_index) && place->next_memory == nullptr) {
-    uint8_t* memory = page_memory(shape.full().page_bytes());
+    uint8_t* memory = page_memory(shape.full_bytes());
     place->next_memory = memory;
   }
   return place.get();
@@ -246,7 +246,7 @@ int64_t Drive::summary_bytes() const {
         for (const Ref<SummaryBlock>& block : row.summaries[kind].blocks) {
           if (!counted.insert(block.get()).second) continue;
           bytes += static_cast<int64_t>(block->checksums.size() * sizeof(uint32_t));
-          if (block->memory != nullptr) bytes += (block->full ? shape.full() : shape.filling()).page_bytes();
+          if (block->memory != nullptr) bytes += block->full ? shape.full_bytes() : shape.filling_bytes();
           if (block->sums != nullptr) bytes += shape.sums_bytes();
         }
       }

@@ -46,6 +46,8 @@ struct SummaryShape {
     return {tiles_per_head * num_kv_heads, head_dim, 0, DType::kBFloat16, 4};
   }
 
+  constexpr int64_t filling_bytes() const { return filling().num_kv_heads * filling().tile_bytes(); }
+  constexpr int64_t full_bytes() const { return full().num_kv_heads * full().tile_bytes(); }
   // [pages_per_block + 1][num_kv_heads][head_dim_v] fp32: the last is the sum of all, once the block is full.
   constexpr int64_t sums_bytes() const {
     return round_up((pages_per_block() + 1) * num_kv_heads * head_dim_v * 4, kBlockBytes);
