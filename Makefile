@@ -21,14 +21,14 @@ EXAMPLE := build/example
 FORCED_TESTS := tests/hf tests/test_attention.py tests/test_store.py tests/test_tensor.py tests/test_ops.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # The budget is a fraction of the example's cache, so that most of it must lie on the drive.
-EXAMPLE_FLAGS := --max-new-tokens 96 --batch-size 2 --memory-budget 32MiB
+EXAMPLE_FLAGS := --max-new-tokens 8 --memory-budget 8MiB
 
 .PHONY: run test test-forced sanitize fuzz bench build lint format clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make run          set up, build, and generate text from the bundled example with its KV cache on the drive'
+	@echo 'make run          set up, build, and let the bundled example answer from its KV cache on the drive'
 	@echo 'make test         set up, build, and run the tests'
 	@echo 'make test-forced  the same tests with each slower instruction set and I/O engine forced'
 	@echo 'make sanitize     the programs of tests/native under AddressSanitizer, UBSan and ThreadSanitizer: minutes'
@@ -44,7 +44,7 @@ run: build $(EXAMPLE)/model/prompts.jsonl
 	@mkdir -p $(EXAMPLE)/kv
 	$(BIN)/torch-csd generate --model $(EXAMPLE)/model --prompts $(EXAMPLE)/model/prompts.jsonl \
 	  --kv-dir $(EXAMPLE)/kv --output $(EXAMPLE)/output.jsonl $(EXAMPLE_FLAGS)
-	@$(BIN)/python tools/compare_with_memory.py $(EXAMPLE)/model $(EXAMPLE)/output.jsonl
+	@$(BIN)/python tools/compare_with_memory.py $(EXAMPLE)/model $(EXAMPLE)/model/prompts.jsonl $(EXAMPLE)/output.jsonl
 
 # Passive: the models of the tests are tiny, and torch's waiting threads would spin on cores that others need.
 test: build
@@ -115,5 +115,5 @@ $(VENV)/.built: setup.py $(NATIVE) $(VENV)/.installed
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(EXAMPLE)/model/prompts.jsonl: $(wildcard torch_csd/example/*.py) | $(VENV)/.built
+$(EXAMPLE)/model/prompts.jsonl: $(wildcard torch_csd/example/*.py torch_csd/example/recall/*) | $(VENV)/.built
 	$(BIN)/python -m torch_csd.example --output $(EXAMPLE)/model

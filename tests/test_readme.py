@@ -21,5 +21,5 @@ def test_every_example_runs_as_printed(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
         if "generate(" in code:
-            # Written small in the prompt's end only, so this is what the model went on with.
-            assert run.stdout.count("the ledger says: 40 crates of tea.") == 1
+            # The prompt ends with the question, so this is what the model went on with.
+            assert run.stdout.count("? amber lamp = copper bell 17 .") == 1

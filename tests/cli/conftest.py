@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
+from ledger.model import make_model
+from ledger.prompts import Lookup, make_lookups
+from ledger.tokenizer import make_tokenizer
 from typer.testing import CliRunner
 
 from torch_csd.cli import app
-from torch_csd.example.model import make_model
-from torch_csd.example.prompts import Lookup, make_lookups
-from torch_csd.example.tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A directory with the bundled example's checkpoint."""
+    """A directory with the checkpoint of tests/ledger."""
     directory = tmp_path_factory.mktemp("checkpoint")
     transformers.logging.disable_progress_bar()
     make_model().save_pretrained(directory)

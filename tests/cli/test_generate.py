@@ -203,7 +203,7 @@ def test_a_prompt_past_the_models_positions_is_warned_of(generate, checkpoint, w
 
 
 class ShortModel:
-    """Loads the example with 64 positions."""
+    """Loads the checkpoint with 64 positions."""
 
     @staticmethod
     def from_pretrained(path, **options):

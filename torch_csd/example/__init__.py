@@ -1,1 +1,1 @@
-"""The bundled example: a small Llama whose answers show whether its KV cache is right. Nothing is fetched."""
+"""The bundled example: a small trained Llama that finds in a long context what a question asks. Nothing is fetched."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from torch_csd.example.tokenizer import END_ID, NEWLINE_ID, PAD_ID, VOCABULARY_SIZE
+from ledger.tokenizer import END_ID, NEWLINE_ID, PAD_ID, VOCABULARY_SIZE
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 256
 CODE_DIM = 9  # bits: 2**9 tokens can be told apart
