@@ -11,6 +11,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_DIR ?= build/bench
 BENCH_ARGS ?= --quick
+ACCURACY_ARGS ?= --quick
 FUZZ_SECONDS ?= 60
 CLANG ?= clang++
 
@@ -76,12 +77,13 @@ fuzz:
 	build/fuzz/fuzz_format -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -print_final_stats=1 \
 	  build/fuzz/corpus tests/native/corpus
 
-# For figures that mean something: BENCH_ARGS= on a machine that does nothing else.
+# For figures that mean something: BENCH_ARGS= ACCURACY_ARGS= on a machine that does nothing else.
 bench: build
 	@mkdir -p $(BENCH_DIR)
 	@for command in io attention decode prefill; do \
 	  $(BIN)/torch-csd bench $$command --directory $(BENCH_DIR) $(BENCH_ARGS) || exit 1; echo; \
 	done
+	$(BIN)/torch-csd bench accuracy --directory $(BENCH_DIR) $(ACCURACY_ARGS)
 
 build: $(VENV)/.built
 

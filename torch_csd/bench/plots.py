@@ -98,3 +98,98 @@ def _amount(value: float) -> str:
         if value >= factor:
             return f"{value / factor:g}{letter}"
     return f"{value:g}"
+
+
+# ---- accuracy against bytes ------------------------------------------------------------------------------------
+
+FAMILY_STYLES = {
+    "exact": ("#222222", "*", "exact"),
+    "sparf": ("#b0413e", "o", "SparF"),
+    "sparf-sketch": ("#d98c2b", "s", "SparF, sketch"),
+    "page": ("#1f6fb4", "D", "page top-k"),
+    "adaptive": ("#2a9d58", "^", "adaptive"),
+    "h2o": ("#7b5ea7", "v", "H2O, in memory"),
+    "window": ("#8a8a8a", "X", "sliding window, in memory"),
+}
+KL_MIN = 1e-6  # nats; what is below is drawn there
+
+
+def draw_accuracy(report: dict, directory: Path) -> list[Path]:
+    """One PNG for each context: recall and KL above bytes, a column for each kv_dtype. Returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    directory.mkdir(parents=True, exist_ok=True)
+    by_task: dict[str, list[dict]] = {}
+    for row in report["rows"]:
+        if row["value"] is not None:
+            by_task.setdefault(row["figures"]["task"], []).append(row["figures"])
+    return [_draw_task(report, directory, task, figures) for task, figures in by_task.items()]
+
+
+def _draw_task(report: dict, directory: Path, task: str, figures: list[dict]) -> Path:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    reference = next(each for each in figures if each["family"] == "reference")
+    measured = [each for each in figures if each["family"] in FAMILY_STYLES]
+    dtypes = list(dict.fromkeys(each["kv_dtype"] for each in measured))
+    first = "recall" if reference["recall"] is not None else "perplexity"
+    grid = {"sharex": True, "sharey": "row", "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(dtypes), figsize=(3.4 * len(dtypes) + 2.4, 6.4), **grid)
+    for column, dtype in enumerate(dtypes):
+        for panel, metric in ((axes[0][column], first), (axes[1][column], "kl")):
+            for family, (color, marker, label) in FAMILY_STYLES.items():
+                # What keeps tokens in memory knows no kv_dtype: it stands beside each.
+                line = [e for e in measured if e["family"] == family and (e["in_memory"] or e["kv_dtype"] == dtype)]
+                line.sort(key=_read_bytes)
+                panel.plot(
+                    [_read_bytes(each) for each in line],
+                    [_shown(each, metric) for each in line],
+                    color=color, marker=marker, markersize=9 if family == "exact" else 5.5, linewidth=1.3,
+                    linestyle="--" if line and line[0]["in_memory"] else "-", label=label, alpha=0.9,
+                )  # fmt: skip
+            panel.axvline(_read_bytes(reference), color="#222222", linewidth=0.8, linestyle=":")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _bytes(x)))
+            panel.tick_params(axis="x", labelsize=7, rotation=45)
+            panel.grid(alpha=0.25)
+        axes[0][column].set_title(dtype, fontsize=10)
+        axes[1][column].set_yscale("log")
+    if first == "recall":
+        axes[0][0].set_ylim(-4, 104)
+        axes[0][0].set_ylabel(f"answers right, % of {reference['questions']}")
+    else:
+        axes[0][0].set_ylabel("perplexity")
+    axes[1][0].set_ylabel("KL from exact attention, nats")
+    handles = [handle for handle in axes[0][0].get_legend_handles_labels()[0] if len(handle.get_xdata())]
+    figure.legend(handles=handles, fontsize=8, loc="outside right upper", frameon=False)
+    figure.suptitle(f"{report['title'].partition(':')[0]}: {task}", fontsize=11, x=0.01, ha="left")
+    machine = report["machine"]
+    figure.supxlabel(
+        f"{report['plot_x']}, drive and memory together; dotted: all of the {reference['kv_dtype']} cache\n"
+        f"{machine['date']}, torch {machine['torch']}, {machine['io_engine']}, {machine['simd']}"
+        + (", --quick" if machine["quick"] else ""),
+        fontsize=7, color="#444444",
+    )  # fmt: skip
+    path = directory / f"{report['name']}-{task.replace(' ', '-')}.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _shown(figures: dict, metric: str) -> float:
+    return {"recall": 100 * (figures["recall"] or 0.0), "kl": max(figures["kl"], KL_MIN)}.get(metric, figures[metric])
+
+
+def _read_bytes(figures: dict) -> float:
+    return figures["drive_bytes_per_token"] + figures["memory_bytes_per_token"]
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"

@@ -8,7 +8,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from torch_csd.store import KVStore, probe
 from torch_csd.version import __version__
 
 NAME_COLUMNS = 60
+
+Draw = Callable[[dict, Path], list[Path]]  # of a report as JSON, into a directory; returns the pictures' paths
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Row:
     bar: str = ""  # a bar on the value itself, such as "<= 60": the ratio is then value / bar
     met: bool | None = None
     points: list[Point] = field(default_factory=list)
+    more: str = ""  # the rest of its line
+    figures: dict[str, float | int | str | None] = field(default_factory=dict)  # the same, for machines
 
 
 class Report:
@@ -89,12 +93,14 @@ class Report:
         plot_x: str = "context, tokens",
         plot_tokens: str = "tokens/s",
         plot_title: str = "",
+        draw: Draw | None = None,
     ) -> None:
         self.name = name
         self.title = title
         self.plot_labels = {"plot_x": plot_x, "plot_tokens": plot_tokens, "plot_title": plot_title or title}
         self.json_to = json_to
         self.plot_to = plot_to
+        self.draw = draw
         self.machine = machine(settings)
         self.rows: list[Row] = []
         # Standard output belongs to the JSON, where that is sent there.
@@ -111,7 +117,8 @@ class Report:
             self._print(f"{row.name:<{NAME_COLUMNS}} skipped")
             self._print(f"    {row.skipped}", style="yellow")
             return
-        head = Text(f"{row.name:<{NAME_COLUMNS}} {number(row.value):>7} {row.unit:<7}".rstrip())
+        unit = f"{row.unit} {row.more}" if row.more else f"{row.unit:<7}"
+        head = Text(f"{row.name:<{NAME_COLUMNS}} {number(row.value):>7} {unit}".rstrip())
         if row.bar:
             head.append(f" bar {row.bar}: {'met' if row.met else 'missed'}", style="green" if row.met else "bold red")
         self._console.print(head, soft_wrap=True)
@@ -122,6 +129,10 @@ class Report:
             self._console.print(line, soft_wrap=True)
         if row.note:
             self._print(f"    {row.note}", style="dim")
+
+    def say(self, text: str) -> None:
+        """What is under way; in no JSON."""
+        self._print(text, style="dim")
 
     def skip(self, name: str, reason: str | BaseException) -> None:
         self.add(Row(name, None, skipped=one_line(reason) if isinstance(reason, BaseException) else reason))
@@ -163,7 +174,7 @@ class Report:
         if self.plot_to is not None:
             from torch_csd.bench import plots
 
-            for path in plots.draw(self.as_dict(), self.plot_to):
+            for path in (self.draw or plots.draw)(self.as_dict(), self.plot_to):
                 self._print(f"drawn: {path}")
         if self.json_to == "-":
             print(json.dumps(self.as_dict(), indent=1))
@@ -175,8 +186,10 @@ class Report:
 
 
 def number(value: float) -> str:
-    """Three figures that matter, and no exponent: 0.0123, 1.23, 12.3, 1234."""
+    """Three figures that matter, and no exponent short of a billion: 0.0123, 1.23, 12.3, 1234."""
     magnitude = abs(value)
+    if magnitude >= 1e9:
+        return f"{value:.3g}"
     if magnitude == 0 or magnitude >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if magnitude >= 10 else f"{value:.2f}" if magnitude >= 1 else f"{value:.3g}"
@@ -233,11 +246,11 @@ def machine(settings: Settings) -> dict[str, str | int | float | bool]:
 def describe_machine(machine: dict) -> list[str]:
     direct = "O_DIRECT" if machine["direct_io"] else "through the page cache"
     quick = " (--quick: does it run)" if machine["quick"] else ""
+    rounds = "" if machine["rounds"] == 1 else f"; medians of {machine['rounds']} interleaved rounds"
     return [
         f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, "
         f"load {machine['load_average']:.1f}",
         f"torch {machine['torch']}, torch_csd {machine['torch_csd']}, {machine['threads']} threads (OMP_WAIT_POLICY "
         f"{machine['omp_wait_policy']}), {machine['simd']}, {machine['io_engine']} {direct}",
-        f"{machine['directory']} ({machine['file_system']} on {machine['device'].split(',')[0]}); medians of "
-        f"{machine['rounds']} interleaved rounds{quick}",
+        f"{machine['directory']} ({machine['file_system']} on {machine['device'].split(',')[0]}){rounds}{quick}",
     ]

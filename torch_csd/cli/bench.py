@@ -325,3 +325,76 @@ def io(
         )
         bench.run(settings, report, size_bytes)
         report.finish()
+
+
+@app.command()
+def accuracy(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A Hugging Face checkpoint. Default: the bundled one, trained to recall.", metavar="DIR"),
+    ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines (named .jsonl), {"prompt": ..., "answer": ...} or {"context": ..., "questions": '
+            '[{"prompt": ..., "answer": ...}]}; any other file is a text, whose last tokens are predicted. '
+            "Default: the bundled task.",
+            metavar="FILE",
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of the contexts. Default: 4k,16k,64k, quick: 1k; a text: all of it; JSON lines: as they are.",
+            metavar="LIST",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="exact, sparf, sparf-sketch, page, adaptive, h2o, window, with an amount if you like: page-1/8, "
+            "adaptive-0.99. Default: all of them at 1/8, 1/16 and 1/32, adaptive at 0.99 and 0.999; quick: at 1/8 and "
+            "0.99.",
+            metavar="LIST",
+        ),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Per context length. Default: 100, above 16k tokens 60, quick: 4."),
+    ] = None,
+    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens of a text that are predicted.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the bundled task's contexts.")] = 0,
+    directory: Directory = None,
+    memory_budget: MemoryBudget = None,
+    threads: Threads = None,
+    io_engine: IoEngine = "auto",
+    kv_dtype: KvDtype = "bfloat16,int8,int4",
+    quick: Quick = False,
+    json_to: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Sparse attention: recall, KL and bytes read beside exact attention, H2O and a sliding window."""
+    with _user_errors():
+        settings = _settings(directory, memory_budget, threads, io_engine, kv_dtype, 1, quick, json_to, plot)
+        import transformers
+
+        from torch_csd.bench import accuracy as bench
+        from torch_csd.bench import plots
+        from torch_csd.bench.report import Report
+
+        transformers.logging.disable_progress_bar()
+        chosen = bench.parse_methods(methods or ",".join(bench.QUICK if quick else bench.FAMILIES))
+        plan = bench.Plan.make(model, tasks, context, questions, last, seed, quick=quick)
+        loaded, tokenizer = bench.load(plan.model, settings.base)
+        made = plan.tasks(tokenizer)
+        report = Report(
+            "accuracy",
+            f"accuracy of sparse attention: {plan.model.name}, {', '.join(task.name for task in made)}",
+            settings,
+            json_to=json_to,
+            plot_to=plot,
+            plot_x="bytes read per token",
+            draw=plots.draw_accuracy,
+        )
+        bench.run(settings, report, loaded, made, chosen)
+        report.finish()
