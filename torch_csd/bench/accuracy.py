@@ -125,8 +125,8 @@ class Plan:
     model: Path  # directory of a checkpoint
     file: Path | None  # None: the bundled task
     contexts: list[int] | None  # tokens; None: as long as the file has them
-    questions: int | None
-    last: int
+    questions: int  # of each task
+    last: int  # tokens of a text that are predicted
     seed: int
 
     @staticmethod
@@ -150,20 +150,17 @@ class Plan:
             raise ValueError("--context and --last go with a text; the contexts of JSON lines are as long as they are")
         if file is None and contexts is None:
             contexts = "1k" if quick else "4k,16k,64k"
-        if quick and questions is None:
-            questions = 4
         chosen = None if contexts is None else parse_counts(contexts)
-        return Plan(model or BUNDLED, file, chosen, questions, last or (8 if quick else 64), seed)
+        return Plan(
+            model or BUNDLED, file, chosen, questions or (4 if quick else 100), last or (8 if quick else 64), seed
+        )
 
     def tasks(self, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
         """Raises ValueError for a file that is not as it should be."""
         if self.file is None:
-            return [
-                tasks.bundled(tokenizer, tokens, self.questions or (100 if tokens <= 16384 else 60), self.seed)
-                for tokens in self.contexts
-            ]
+            return [tasks.bundled(tokenizer, tokens, self.questions, self.seed) for tokens in self.contexts]
         if tasks.is_jsonl(self.file):
-            return [tasks.from_jsonl(self.file, tokenizer, self.questions or 100)]
+            return [tasks.from_jsonl(self.file, tokenizer, self.questions)]
         return tasks.from_text(self.file, tokenizer, self.contexts, self.last)
 
 

@@ -146,8 +146,9 @@ def _draw_task(report: dict, directory: Path, task: str, figures: list[dict]) ->
                 panel.plot(
                     [_read_bytes(each) for each in line],
                     [_shown(each, metric) for each in line],
-                    color=color, marker=marker, markersize=9 if family == "exact" else 5.5, linewidth=1.3,
-                    linestyle="--" if line and line[0]["in_memory"] else "-", label=label, alpha=0.9,
+                    color=color, marker=marker, markersize=11 if family == "exact" else 6.5, linewidth=1.3,
+                    markerfacecolor="none", markeredgewidth=1.4,  # one may lie on another
+                    linestyle="--" if line and line[0]["in_memory"] else "-", label=label,
                 )  # fmt: skip
             panel.axvline(_read_bytes(reference), color="#222222", linewidth=0.8, linestyle=":")
             panel.set_xscale("log", base=2)

@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from torch_csd.bench.settings import tokens_text
 
-QUESTIONS_PER_CONTEXT = 60  # of the bundled task: more questions than this are asked about more contexts
+# Of the bundled task; the others are asked about further contexts, which cost a prefill each: minutes at 64k.
+QUESTIONS_PER_CONTEXT, OF_LONG_ONES = 25, 100
+LONG = 16384  # tokens; what is longer is a long one
 WANTED_ROW = '{"prompt": ..., "answer": ...} or {"context": ..., "questions": [{"prompt": ..., "answer": ...}]}'
 
 
@@ -53,7 +55,8 @@ def bundled(tokenizer: PreTrainedTokenizerBase, tokens: int, question_count: int
     """Records in noise, each asked for by its key: see `torch_csd.example.recall`."""
     from torch_csd.example.recall import make_context
 
-    context_count = math.ceil(question_count / min(QUESTIONS_PER_CONTEXT, len(make_context(tokens, seed).questions)))
+    most = min(OF_LONG_ONES if tokens > LONG else QUESTIONS_PER_CONTEXT, len(make_context(tokens, seed).questions))
+    context_count = math.ceil(question_count / most)
     contexts = []
     for index in range(context_count):
         made = make_context(tokens, seed + index)
