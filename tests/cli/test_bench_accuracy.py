@@ -12,14 +12,15 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from torch_csd import StorageCache
+from torch_csd import KVStore, StorageCache, StoreError
 from torch_csd.bench import dense, plots
 from torch_csd.bench.accuracy import FAMILIES, Method, Tally, feed, parse_methods
 from torch_csd.example.tokenizer import VOCABULARY_SIZE, make_tokenizer
+from torch_csd.sparse import PageTopK, SparF
 
 FIGURES = (
     "task context_tokens kv_dtype in_memory method family settings questions positions recall kl perplexity "
-    "drive_bytes_per_token memory_bytes_per_token share_of_exact_bytes tokens_per_s"
+    "drive_bytes_per_token memory_bytes_per_token share_of_exact_bytes missing_mass tokens_per_s"
 ).split()
 HAS_SPARSE = hasattr(StorageCache, "sparse")
 
@@ -190,6 +191,34 @@ def test_a_context_longer_than_the_model_was_made_for_is_skipped(accuracy, write
     result = accuracy(write("text.txt", "a b c d " * 300), "--context", "2k", "--methods", "exact", "--json", "-")
     (row,) = json.loads(result.stdout)["rows"]
     assert row["value"] is None and row["skipped"] == "2056 tokens, and the model was made for 2048"
+
+
+def test_what_a_cache_cannot_do_is_a_skipped_row_and_spoils_no_other(accuracy, write, monkeypatch):
+    """SparF is refused when it is set, page top-k fails in the middle of a forward; adaptive is exact here."""
+    append, asked = KVStore.append, []
+
+    def set_sparse(cache, sparse):
+        if isinstance(sparse, SparF):
+            raise NotImplementedError("no SparF here")
+        asked[:] = [sparse]
+
+    def fail(store, layer, *states):
+        if layer == 1 and isinstance(asked[0], PageTopK):
+            raise StoreError("the drive is gone")
+        return append(store, layer, *states)
+
+    file = write("asked.jsonl", {"context": "ab " * 50, "questions": [{"prompt": "?ab", "answer": " ab"}] * 2})
+    methods = ["--methods", "exact,sparf-1/8,page-1/8,adaptive-0.99", "--kv-dtype", "float32", "--json", "-"]
+    monkeypatch.setattr(StorageCache, "sparse", property(lambda cache: None, set_sparse), raising=False)
+    expected = json.loads(accuracy(file, "--methods", "exact", *methods[2:]).stdout)["rows"][-1]["figures"]
+    monkeypatch.setattr(KVStore, "append", fail)
+    asked.append(None)
+    rows = {row["name"].split(", ")[-1]: row for row in json.loads(accuracy(file, *methods).stdout)["rows"]}
+    assert rows["SparF 1/8"]["skipped"] == "no SparF here"
+    assert rows["page top-k 1/8"]["skipped"] == "the drive is gone"
+    for name in ("exact", "adaptive 0.99"):
+        assert rows[name]["figures"]["kl"] == pytest.approx(expected["kl"], abs=1e-9)
+        assert rows[name]["figures"]["questions"] == 2
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------

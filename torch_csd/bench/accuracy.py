@@ -191,7 +191,8 @@ class Tally:
     step_s: list[float] = field(default_factory=list)
     drive_bytes: int = 0
     memory_bytes: int = 0
-    missing_mass: list[float] = field(default_factory=list)  # mean of each question's
+    missing_mass: float = 0.0  # of the softmax, summed over sparse_attends
+    sparse_attends: int = 0
     settings: str = ""
 
     def add(self, log_probs: Tensor, reference: Tensor, answer: list[int], step_s: list[float]) -> None:
@@ -204,6 +205,14 @@ class Tally:
         self.kl += terms.where(reference > -torch.inf, 0.0).sum(-1).clamp_min(0.0).tolist()
         self.loss += (-log_probs[torch.arange(len(answer)), wanted]).tolist()
         self.step_s += step_s
+
+    def add_stats(self, before: dict, after: dict) -> None:
+        self.drive_bytes += after["drive_read_bytes"] - before["drive_read_bytes"]
+        self.memory_bytes += after["resident_read_bytes"] - before["resident_read_bytes"]
+        for stats, sign in ((after, 1), (before, -1)):
+            attends = stats.get("sparse_attends", 0)
+            self.sparse_attends += sign * attends
+            self.missing_mass += sign * attends * stats.get("missing_mass_mean", 0.0)
 
     @property
     def steps(self) -> int:
@@ -333,8 +342,7 @@ def measure(
                     rewind(cache, tokens - 1)
                     set_sparse(cache, None)
                 after = cache.stats()
-                tally.drive_bytes += after["drive_read_bytes"] - before["drive_read_bytes"]
-                tally.memory_bytes += after["resident_read_bytes"] - before["resident_read_bytes"]
+                tally.add_stats(before, after)
             tally.add(log_probs, expected, question.answer, step_s)
         past.restore(state)
         for cache in caches.values():
@@ -421,6 +429,7 @@ def row(
             "drive_bytes_per_token": drive,
             "memory_bytes_per_token": memory,
             "share_of_exact_bytes": share,
+            "missing_mass": tally.missing_mass / tally.sparse_attends if tally.sparse_attends else None,
             "tokens_per_s": speed,
         },
     )
