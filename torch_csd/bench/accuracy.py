@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -311,6 +311,9 @@ def measure(
     """
     length, state = past.get_seq_length(), past.state()
     head_dim = past.layers[0].keys.shape[3]
+    for dtype, method in tallies:
+        if dtype in caches and method.family != "exact":
+            warm_up(model, caches[dtype], method.sparse(head_dim, length), context.questions[0].prompt[-1])
     for question in context.questions:
         tokens = length + len(question.prompt)  # that the first step attends to
         feed(model, past, question.prompt[:-1])
@@ -356,6 +359,16 @@ def set_sparse(cache: StorageCache, sparse: Sparse | None) -> str:
         return ""
     cache.sparse = sparse
     return "" if sparse is None else str(sparse)
+
+
+def warm_up(model: PreTrainedModel, cache: StorageCache, sparse: Sparse | None, token: int) -> None:
+    """Lets the cache read what it has to keep in memory for sparse, once. What it cannot do is told when measured."""
+    length = cache.get_seq_length()
+    with suppress(StoreError, NotImplementedError, RuntimeError):
+        set_sparse(cache, sparse)
+        feed(model, cache, [token])
+    rewind(cache, length)
+    set_sparse(cache, None)
 
 
 def feed(model: PreTrainedModel, cache: Cache, tokens: list[int]) -> None:
