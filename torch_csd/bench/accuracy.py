@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +48,7 @@ FAMILIES = {
     "window": ("sliding window", SHARES),
 }
 QUICK = ("exact", "sparf-1/8", "sparf-sketch-1/8", "page-1/8", "adaptive-0.99", "h2o-1/8", "window-1/8")
+CANNOT = (StoreError, NotImplementedError, RuntimeError)  # a skipped row
 POLICIES = {"h2o": dense.h2o, "window": dense.window}
 
 
@@ -246,10 +247,8 @@ def task_rows(settings: Settings, report: Report, model: PreTrainedModel, task: 
             for dtype in settings.stored:
                 try:
                     caches[dtype] = stack.enter_context(stored(settings, model, past, dtype))
-                except (StoreError, NotImplementedError, RuntimeError) as error:
-                    for key in tallies:
-                        if key[0] == dtype:
-                            tallies[key] = one_line(error)
+                except CANNOT as error:
+                    give_up(tallies, dtype, error)
             measure(model, context, past, caches, reference, tallies)
         questions_s = time.perf_counter() - start_s - prefill_s
         report.say(
@@ -311,14 +310,15 @@ def measure(
     """
     length, state = past.get_seq_length(), past.state()
     head_dim = past.layers[0].keys.shape[3]
-    for dtype, method in tallies:
-        if dtype in caches and method.family != "exact":
-            warm_up(model, caches[dtype], method.sparse(head_dim, length), context.questions[0].prompt[-1])
     for question in context.questions:
         tokens = length + len(question.prompt)  # that the first step attends to
         feed(model, past, question.prompt[:-1])
-        for cache in caches.values():
-            feed(model, cache, question.prompt[:-1])
+        for dtype, cache in list(caches.items()):
+            try:
+                feed(model, cache, question.prompt[:-1])
+            except CANNOT as error:
+                give_up(tallies, dtype, error)
+                del caches[dtype]
         asked = past.state()
         expected, step_s = decode(model, past, question)
         reference.add(expected, expected, question.answer, step_s)
@@ -336,9 +336,13 @@ def measure(
                 cache = caches[dtype]
                 try:
                     tally.settings = set_sparse(cache, method.sparse(head_dim, tokens))
+                    # What has to be kept in memory for this method is made now, and what was read ahead for another one
+                    # is gone: neither is counted.
+                    feed(model, cache, question.prompt[-1:])
+                    rewind(cache, tokens - 1)
                     before = cache.stats()
                     log_probs, step_s = decode(model, cache, question)
-                except (StoreError, NotImplementedError, RuntimeError) as error:
+                except CANNOT as error:
                     tallies[dtype, method] = one_line(error)
                     continue
                 finally:
@@ -352,6 +356,13 @@ def measure(
             rewind(cache, length)
 
 
+def give_up(tallies: dict[tuple[torch.dtype | None, Method], Tally | str], dtype: torch.dtype, why: Exception) -> None:
+    """On all methods of a type."""
+    for key in tallies:
+        if key[0] == dtype:
+            tallies[key] = one_line(why)
+
+
 def set_sparse(cache: StorageCache, sparse: Sparse | None) -> str:
     if not hasattr(cache, "sparse"):
         if sparse is not None:
@@ -359,16 +370,6 @@ def set_sparse(cache: StorageCache, sparse: Sparse | None) -> str:
         return ""
     cache.sparse = sparse
     return "" if sparse is None else str(sparse)
-
-
-def warm_up(model: PreTrainedModel, cache: StorageCache, sparse: Sparse | None, token: int) -> None:
-    """Lets the cache read what it has to keep in memory for sparse, once. What it cannot do is told when measured."""
-    length = cache.get_seq_length()
-    with suppress(StoreError, NotImplementedError, RuntimeError):
-        set_sparse(cache, sparse)
-        feed(model, cache, [token])
-    rewind(cache, length)
-    set_sparse(cache, None)
 
 
 def feed(model: PreTrainedModel, cache: Cache, tokens: list[int]) -> None:

@@ -365,7 +365,9 @@ def accuracy(
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens of a text that are predicted.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bundled task's contexts.")] = 0,
     directory: Directory = None,
-    memory_budget: MemoryBudget = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Of each cache. Default: 256MiB, quick: 64MiB.", metavar="SIZE")
+    ] = None,
     threads: Threads = None,
     io_engine: IoEngine = "auto",
     kv_dtype: KvDtype = "bfloat16,int8,int4",
@@ -375,6 +377,7 @@ def accuracy(
 ) -> None:
     """Sparse attention: recall, KL and bytes read beside exact attention, H2O and a sliding window."""
     with _user_errors():
+        memory_budget = memory_budget or ("64MiB" if quick else "256MiB")
         settings = _settings(directory, memory_budget, threads, io_engine, kv_dtype, 1, quick, json_to, plot)
         import transformers
 
