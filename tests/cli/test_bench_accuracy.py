@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from torch_csd import KVStore, StorageCache, StoreError
 from torch_csd.bench import dense, plots
 from torch_csd.bench.accuracy import FAMILIES, Method, Tally, feed, parse_methods
-from torch_csd.example.tokenizer import VOCABULARY_SIZE, make_tokenizer
 from torch_csd.sparse import PageTopK, SparF
 
 FIGURES = (
@@ -26,10 +25,16 @@ HAS_SPARSE = hasattr(StorageCache, "sparse")
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def tokenizer(checkpoint) -> PreTrainedTokenizerBase:
+    """One token per byte."""
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> LlamaForCausalLM:
     """Two layers of 4 query heads and 2 kv heads, random; scores large enough that heads look at few tokens."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -41,11 +46,11 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def tiny(model, tmp_path_factory) -> Path:
+def tiny(model, tokenizer, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
     transformers.logging.disable_progress_bar()
     model.save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

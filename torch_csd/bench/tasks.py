@@ -52,8 +52,8 @@ class Task:
 
 
 def bundled(tokenizer: PreTrainedTokenizerBase, tokens: int, question_count: int, seed: int) -> Task:
-    """Records in noise, each asked for by its key: see `torch_csd.example.recall`."""
-    from torch_csd.example.recall import make_context
+    """Records in noise, each asked for by its key: see `torch_csd.example.contexts`."""
+    from torch_csd.example.contexts import make_context
 
     most = min(OF_LONG_ONES if tokens > LONG else QUESTIONS_PER_CONTEXT, len(make_context(tokens, seed).questions))
     context_count = math.ceil(question_count / most)
