@@ -144,6 +144,16 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(accuracy, write, checkp
     assert recall["ledger, float32, sliding window 1/8"] == 0
 
 
+def test_the_bundled_model_recalls_by_exact_attention_what_a_window_has_forgotten(csd, tmp_path):
+    options = ["--methods", "exact,window-1/8", "--context", "1k", "--kv-dtype", "bfloat16", "--directory", tmp_path]
+    result = csd("bench", "accuracy", "--questions", "20", *options, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    figures = {row["figures"]["method"]: row["figures"] for row in json.loads(result.stdout)["rows"]}
+    assert figures["exact"]["questions"] == 20 and figures["exact"]["context_tokens"] == 1024
+    assert figures["exact"]["recall"] >= 0.9 > 0.5 >= figures["window-1/8"]["recall"]
+    assert figures["exact"]["kl"] < 0.01 < figures["window-1/8"]["kl"]
+
+
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
@@ -362,7 +372,7 @@ def made_up_report() -> dict:
     rows = []
     methods = parse_methods(",".join(FAMILIES))
     for task, answered in (("16k", True), ("text 4k", False)):
-        for dtype, size in (("bfloat16", 1.0), ("int8", 0.53), ("int4", 0.31)):
+        for dtype, size in (("bfloat16", 1.0), ("int4", 0.31)):
             for method in [None, *methods]:
                 in_memory = method is None or method.policy is not None
                 if in_memory and dtype != "bfloat16":
@@ -405,8 +415,8 @@ def test_json_becomes_a_table_with_a_line_for_every_method(tmp_path):
         name = f"| {method.name}, in memory |" if method.policy else f"| {method.name} |"
         assert sum(line.startswith(name) for line in lines) == 2
     rows = [line for line in lines if line.startswith("|")]
-    assert len(rows) == 2 * (len(methods) + 2) and {line.count("|") for line in rows} == {2 + 3 * 4}
-    assert "| page-1/8 | 62 | 0.88 | 0.125 | 800 | 62 |" in "\n".join(lines)
+    assert len(rows) == 2 * (len(methods) + 2) and {line.count("|") for line in rows} == {2 + 2 * 4}
+    assert "| page-1/8 | 62 | 0.88 | 0.125 | 800 | 62 | 0.27 |" in "\n".join(lines)
 
 
 def test_the_script_is_the_command(monkeypatch, capsys):

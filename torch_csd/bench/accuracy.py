@@ -126,7 +126,7 @@ class Plan:
     model: Path  # directory of a checkpoint
     file: Path | None  # None: the bundled task
     contexts: list[int] | None  # tokens; None: as long as the file has them
-    questions: int  # of each task
+    questions: int | None  # of each task
     last: int  # tokens of a text that are predicted
     seed: int
 
@@ -153,15 +153,19 @@ class Plan:
             contexts = "1k" if quick else "4k,16k,64k"
         chosen = None if contexts is None else parse_counts(contexts)
         return Plan(
-            model or BUNDLED, file, chosen, questions or (4 if quick else 100), last or (8 if quick else 64), seed
+            model or BUNDLED, file, chosen, questions or (4 if quick else None), last or (8 if quick else 64), seed
         )
 
     def tasks(self, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
         """Raises ValueError for a file that is not as it should be."""
         if self.file is None:
-            return [tasks.bundled(tokenizer, tokens, self.questions, self.seed) for tokens in self.contexts]
+            asked = [self.questions or (60 if tokens > tasks.LONG else 100) for tokens in self.contexts]
+            return [
+                tasks.bundled(tokenizer, tokens, count, self.seed)
+                for tokens, count in zip(self.contexts, asked, strict=True)
+            ]
         if tasks.is_jsonl(self.file):
-            return [tasks.from_jsonl(self.file, tokenizer, self.questions)]
+            return [tasks.from_jsonl(self.file, tokenizer, self.questions or 100)]
         return tasks.from_text(self.file, tokenizer, self.contexts, self.last)
 
 

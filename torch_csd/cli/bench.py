@@ -360,7 +360,7 @@ def accuracy(
     ] = None,
     questions: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Per context length. Default: 100, quick: 4."),
+        typer.Option(min=1, metavar="N", help="Per context length. Default: 100, above 16k tokens 60, quick: 4."),
     ] = None,
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens of a text that are predicted.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the bundled task's contexts.")] = 0,
