@@ -249,6 +249,7 @@ class PageSelection {
   void find_candidates() {
     const std::vector<PageUse> uses = pass_.rules().uses(block_);
     rows_.resize(static_cast<size_t>(block_.row_count));
+    slots_.resize(rows_.size());
     for (int64_t row = 0; row < block_.row_count; ++row) rows_[static_cast<size_t>(row)].row = row;
     for (const PageUse& use : uses) {
       rows_[static_cast<size_t>(use.row - request_.span.row_begin - block_.row_begin)].pages.push_back(use);
@@ -258,7 +259,7 @@ class PageSelection {
       if (row.pages.empty()) continue;
       mark_always(&row);
       bounds.score(sparse_.heads_per_choice, sparse_.provable, &row);
-      slots_.emplace_back(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
+      slots_[static_cast<size_t>(row.row)].assign(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
       for (int64_t h = 0, number = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice, ++number) {
         Choice choice;
         choice.candidates = &row;
