@@ -203,6 +203,12 @@ class SparF : public PageConsumer, public TokenChoice {
   const RowSummary& summary_of(const PageUse& use) const {
     return layer_.rows[static_cast<size_t>(use.row)].summary(SummaryKind::kValues);
   }
+  // The sum of its values is known: of a summarised page, all of whose tokens the span has.
+  bool summed(const PageUse& use) const {
+    const int64_t row = use.row - request_.span.row_begin;
+    return use.index < summary_of(use).end_page && use.index * kPageTokens >= request_.span.kv_begin &&
+           (use.index + 1) * kPageTokens <= row_end(layer_, request_.span, row);
+  }
   int64_t head_sums() const { return heads_.num_kv_heads * geometry_.head_dim_v; }
 
   // The channels in which the queries are largest, and SparQ's temperature for what they leave out.
@@ -351,7 +357,7 @@ class SparF : public PageConsumer, public TokenChoice {
       for (int64_t t = 0; t < kPageTokens; ++t) {
         const int64_t position = chosen.pages[static_cast<size_t>(i)].index * kPageTokens + t;
         if (position < request_.span.kv_begin || position >= end) continue;
-        if (position >= local) {
+        if (position >= local || (step->unknown(h, i) >> t & 1) != 0) {
           bits[static_cast<size_t>(i)] |= uint64_t{1} << t;
         } else {
           order.push_back(static_cast<int32_t>(i * kPageTokens + t));
@@ -444,7 +450,7 @@ class SparF : public PageConsumer, public TokenChoice {
       int64_t tokens = 0;
       for (size_t i = 0; i < chosen.pages.size();) {
         const int64_t index = chosen.pages[i].index;
-        if (index >= summary.end_page) {
+        if (!summed(chosen.pages[i])) {
           tokens += std::min(end, (index + 1) * kPageTokens) -
                     std::max(request_.span.kv_begin, index * kPageTokens);
           i++;
@@ -454,8 +460,7 @@ class SparF : public PageConsumer, public TokenChoice {
         // A block of which all pages are seen has their sum.
         const size_t last = i + static_cast<size_t>(per_block) - 1;
         const bool all = block.full && index % per_block == 0 && last < chosen.pages.size() &&
-                         chosen.pages[last].index == index + per_block - 1 &&
-                         index + per_block <= summary.end_page;
+                         chosen.pages[last].index == index + per_block - 1 && summed(chosen.pages[last]);
         add(block.sums + (all ? per_block : index % per_block) * head_sums());
         tokens += (all ? per_block : 1) * kPageTokens;
         i += all ? static_cast<size_t>(per_block) : 1;
