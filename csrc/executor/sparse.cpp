@@ -242,6 +242,7 @@ class PageSelection {
     int64_t head_begin = 0;
     int64_t head_end = 0;
     std::vector<int32_t> order;  // pages, the best first; those that are always read are not among them
+    int64_t unknown = 0;         // of order, at its begin: what their keys may do has no bound
     int64_t taken = 0;           // of order
     bool done = false;
   };
@@ -295,6 +296,8 @@ class PageSelection {
     for (int64_t i = 0; i < row.count(); ++i) {
       if (row.always[static_cast<size_t>(i)] == 0) choice->order.push_back(static_cast<int32_t>(i));
     }
+    choice->unknown = std::count_if(choice->order.begin(), choice->order.end(),
+                                    [values](int32_t i) { return values[i] == kInfinity; });
     const auto better = [values](int32_t a, int32_t b) {
       return values[a] != values[b] ? values[a] > values[b] : a > b;
     };
@@ -302,20 +305,20 @@ class PageSelection {
       std::sort(choice->order.begin(), choice->order.end(), better);
       return;
     }
-    const auto wanted =
-        choice->order.begin() + std::min(page_count(row), static_cast<int64_t>(choice->order.size()));
+    const auto wanted = choice->order.begin() +
+                        std::min(page_count(row, *choice), static_cast<int64_t>(choice->order.size()));
     std::nth_element(choice->order.begin(), wanted, choice->order.end(), better);
     // The last of them tell what the best of those that are left out are like.
     std::sort(choice->order.begin(), wanted, better);
   }
 
   // Pages that are chosen by their bounds, beside those that are always read.
-  int64_t page_count(const Candidates& row) const {
+  int64_t page_count(const Candidates& row, const Choice& choice) const {
     const int64_t wanted =
         sparse_.fraction > 0.0
             ? static_cast<int64_t>(std::ceil(sparse_.fraction * static_cast<double>(row.count()) - 1e-9))
             : pages_of(sparse_.tokens);
-    return std::max<int64_t>(0, wanted - row.always_count);
+    return std::max(choice.unknown, wanted - row.always_count);
   }
 
   // What each choice takes next.
@@ -356,8 +359,8 @@ class PageSelection {
 
   // The first batch of an adaptive choice is 1/128 of the row, and each doubles what was taken.
   int64_t batch_pages(const Candidates& row, const Choice& choice) const {
-    if (sparse_.kind == SparseKind::kPageTopK) return page_count(row);
-    return choice.taken > 0 ? choice.taken : std::max<int64_t>(kFirstBatchPages, row.count() / 128);
+    if (sparse_.kind == SparseKind::kPageTopK) return page_count(row, choice);
+    return choice.taken > 0 ? choice.taken : std::max({kFirstBatchPages, choice.unknown, row.count() / 128});
   }
 
   // What heads choose together is one use, so that it can be kept and found again.

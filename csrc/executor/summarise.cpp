@@ -19,6 +19,13 @@ float as_bfloat16(float value) {
   return value;
 }
 
+// Codes are to nearest and radii must not shrink: half a step more than the widest rounding.
+constexpr float kHalfStep = 0.5f / 15.0f * 1.01f;
+// bfloat16 rounds to nearest: at most so much off.
+constexpr float kRoundedUp = 1.0f + 1.0f / 128.0f;
+
+}  // namespace
+
 bool any_not_finite(const float* values, int64_t count) {
   uint32_t found = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -28,13 +35,6 @@ bool any_not_finite(const float* values, int64_t count) {
   }
   return found != 0;
 }
-
-// Codes are to nearest and radii must not shrink: half a step more than the widest rounding.
-constexpr float kHalfStep = 0.5f / 15.0f * 1.01f;
-// bfloat16 rounds to nearest: at most so much off.
-constexpr float kRoundedUp = 1.0f + 1.0f / 128.0f;
-
-}  // namespace
 
 void Summariser::add(const PageLayout& layout, const uint8_t* image, int64_t page_index, int64_t kv_head,
                      float* scratch, SummaryBlock* block) const {
