@@ -33,7 +33,7 @@ class PageTopK:
             chosen by the weight that would go to wrong tokens so: those that a query sees evenly need not be read.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range. TypeError: it is not a number, or not True or False.
     """
 
     fraction: float | None = None
@@ -47,7 +47,7 @@ class PageTopK:
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.tokens is None):
             raise ValueError("PageTopK wants either fraction= or tokens=")
-        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+        if self.fraction is not None and not 0.0 < _number(self.fraction, "PageTopK: fraction") <= 1.0:
             raise ValueError(f"PageTopK: fraction must be in (0, 1], got {self.fraction!r}")
         if self.tokens is not None:
             as_int(self.tokens, "PageTopK: tokens", low=1)
@@ -77,7 +77,7 @@ class Adaptive:
         local, sink, heads_per_choice, mean_value: as in :class:`PageTopK`.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range. TypeError: it is not a number, or not True or False.
     """
 
     mass: float = 0.99
@@ -91,8 +91,9 @@ class Adaptive:
     def __post_init__(self) -> None:
         if self.by is None:
             object.__setattr__(self, "by", "bounds" if self.provable else "sketch")
-        if not 0.0 < self.mass < 1.0:
+        if not 0.0 < _number(self.mass, "Adaptive: mass") < 1.0:
             raise ValueError(f"Adaptive: mass must be in (0, 1), got {self.mass!r}")
+        _check_bool(self.provable, "Adaptive: provable")
         if self.provable and self.by != "bounds":
             raise ValueError('Adaptive: a sketch proves nothing; provable goes with by="bounds"')
         _check_common(self)
@@ -117,7 +118,7 @@ class SparF:
     Where a padding mask hides a part of a page, the mean is over the whole page.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range. TypeError: it is not a number, or not True or False.
     """
 
     channels: int
@@ -130,6 +131,7 @@ class SparF:
         as_int(self.channels, "SparF: channels", low=1)
         as_int(self.tokens, "SparF: tokens", low=1)
         as_int(self.local, "SparF: local", low=0)
+        _check_bool(self.mean_value, "SparF: mean_value")
         if self.step1 not in ("channels", "sketch"):
             raise ValueError(f'SparF: step1 must be "channels" or "sketch", got {self.step1!r}')
 
@@ -233,3 +235,15 @@ def _check_common(settings: PageTopK | Adaptive) -> None:
     as_int(settings.heads_per_choice, f"{name}: heads_per_choice", low=1)
     if settings.by not in ("bounds", "sketch"):
         raise ValueError(f'{name}: by must be "bounds" or "sketch", got {settings.by!r}')
+    _check_bool(settings.mean_value, f"{name}: mean_value")
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def _check_bool(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

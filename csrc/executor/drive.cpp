@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -864,10 +865,11 @@ void Drive::make_room_for_tiles() {
 void Drive::note_missing(const AttendRequest& request, const SparseRequest& sparse) {
   const int64_t count = request.span.row_count * request.num_heads * request.q_len;
   for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(sparse.missing[i])) continue;  // keys that are not finite
     missing_sum_ += sparse.missing[i];
     missing_max_ = std::max(missing_max_, sparse.missing[i]);
+    missing_count_++;
   }
-  missing_count_ += count;
 }
 
 template <typename Request>

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "executor/sparse.h"
+#include "executor/summarise.h"
 
 namespace csd {
 namespace {
@@ -44,6 +45,7 @@ class StepOne : public PageConsumer {
         queries_(queries),
         p_(static_cast<size_t>(head_count_ * query_count_ * page_count() * kPageTokens), 0.0f),
         maxima_(static_cast<size_t>(head_count_ * query_count_ * page_count()), -kInfinity),
+        unknown_(static_cast<size_t>(head_count_ * page_count()), 0),
         states_(static_cast<size_t>(worker_count * head_count_ * query_count_),
                 SoftmaxState{-kInfinity, 0.0f}) {}
 
@@ -81,11 +83,17 @@ class StepOne : public PageConsumer {
         const int64_t query = (h - head_begin_) * query_count_ + m + j;
         SoftmaxState& state = states_[static_cast<size_t>(worker * head_count_ * query_count_ + query)];
         float* row_scores = scores + j * kPageTokens;
+        if (any_not_finite(row_scores, kPageTokens)) set_aside(h, i, modifiers[j], row_scores);
         kernels_.softmax_row(row_scores, modifiers[j], &state);
         std::copy_n(row_scores, kPageTokens, p_.data() + (query * page_count() + i) * kPageTokens);
         maxima_[static_cast<size_t>(query * page_count() + i)] = state.max;
       }
     }
+  }
+
+  // Tokens of page number i whose scores are not finite: they have to be looked at.
+  uint64_t unknown(int64_t h, int64_t i) const {
+    return unknown_[static_cast<size_t>((h - head_begin_) * page_count() + i)];
   }
 
   // Turns what was added for a kv head into probabilities; sums them over the queries to summed [pages][64].
@@ -130,6 +138,15 @@ class StepOne : public PageConsumer {
  private:
   int64_t page_count() const { return static_cast<int64_t>(pages_.size()); }
 
+  // So that the probabilities of the others are numbers.
+  void set_aside(int64_t h, int64_t i, const ScoreModifier& modifier, float* scores) {
+    for (int64_t t = modifier.token_begin; t < modifier.token_end; ++t) {
+      if (std::isfinite(scores[t])) continue;
+      scores[t] = std::numeric_limits<float>::lowest();
+      unknown_[static_cast<size_t>((h - head_begin_) * page_count() + i)] |= uint64_t{1} << t;
+    }
+  }
+
   const Kernels& kernels_;
   const AttendRequest& request_;
   const Rules rules_;
@@ -143,6 +160,7 @@ class StepOne : public PageConsumer {
   const std::vector<StepOneQueries>& queries_;  // by kv head
   std::vector<float> p_;                        // [heads][queries][pages][kPageTokens]
   std::vector<float> maxima_;                   // [heads][queries][pages]: that p is relative to
+  std::vector<uint64_t> unknown_;               // [heads][pages]
   std::vector<SoftmaxState> states_;            // [workers][heads][queries]
 };
 
@@ -182,9 +200,9 @@ class SparF : public PageConsumer, public TokenChoice {
     pass_.finish(&rest);
   }
 
-  // Step 2. Pages that are not summarised are here for the sum of their values, too.
+  // Step 2. Pages whose values are not summed yet are here for that, too.
   void consume(int worker, const PageUse& use, const uint8_t* bytes) override {
-    if (use.whole() && use.index >= summary_of(use).end_page) add_values(worker, use, bytes);
+    if (use.whole() && !summed(use)) add_values(worker, use, bytes);
     pass_.consume(worker, use, bytes);
   }
 
@@ -207,6 +225,12 @@ class SparF : public PageConsumer, public TokenChoice {
   }
   const RowSummary& summary_of(const PageUse& use) const {
     return layer_.rows[static_cast<size_t>(use.row)].summary(SummaryKind::kValues);
+  }
+  // The sum of its values is known: of a summarised page, all of whose tokens the span has.
+  bool summed(const PageUse& use) const {
+    const int64_t row = use.row - request_.span.row_begin;
+    return use.index < summary_of(use).end_page && use.index * kPageTokens >= request_.span.kv_begin &&
+           (use.index + 1) * kPageTokens <= row_end(layer_, request_.span, row);
   }
   int64_t head_sums() const { return heads_.num_kv_heads * geometry_.head_dim_v; }
 
@@ -356,7 +380,7 @@ class SparF : public PageConsumer, public TokenChoice {
       for (int64_t t = 0; t < kPageTokens; ++t) {
         const int64_t position = chosen.pages[static_cast<size_t>(i)].index * kPageTokens + t;
         if (position < request_.span.kv_begin || position >= end) continue;
-        if (position >= local) {
+        if (position >= local || (step->unknown(h, i) >> t & 1) != 0) {
           bits[static_cast<size_t>(i)] |= uint64_t{1} << t;
         } else {
           order.push_back(static_cast<int32_t>(i * kPageTokens + t));
@@ -389,11 +413,11 @@ class SparF : public PageConsumer, public TokenChoice {
     std::vector<PageUse> uses;
     for (const Chosen& chosen : rows_) {
       for (const PageUse& page : chosen.pages) {
-        const RowSummary& summary = summary_of(page);
-        if (page.index >= summary.end_page) {  // for the sum of its values, too
+        if (!summed(page)) {
           uses.push_back(page);
           continue;
         }
+        const RowSummary& summary = summary_of(page);
         const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
         for (int64_t h = 0; h < heads_.num_kv_heads; ++h) {
           const int64_t place = h * chosen.page_count() + page.index - chosen.first_index();
@@ -449,7 +473,7 @@ class SparF : public PageConsumer, public TokenChoice {
       int64_t tokens = 0;
       for (size_t i = 0; i < chosen.pages.size();) {
         const int64_t index = chosen.pages[i].index;
-        if (index >= summary.end_page) {
+        if (!summed(chosen.pages[i])) {
           tokens += std::min(end, (index + 1) * kPageTokens) -
                     std::max(request_.span.kv_begin, index * kPageTokens);
           i++;
@@ -459,8 +483,7 @@ class SparF : public PageConsumer, public TokenChoice {
         // A block of which all pages are seen has their sum.
         const size_t last = i + static_cast<size_t>(per_block) - 1;
         const bool all = block.full && index % per_block == 0 && last < chosen.pages.size() &&
-                         chosen.pages[last].index == index + per_block - 1 &&
-                         index + per_block <= summary.end_page;
+                         chosen.pages[last].index == index + per_block - 1 && summed(chosen.pages[last]);
         add(block.sums + (all ? per_block : index % per_block) * head_sums());
         tokens += (all ? per_block : 1) * kPageTokens;
         i += all ? static_cast<size_t>(per_block) : 1;

@@ -309,6 +309,7 @@ class PageSelection {
     int64_t head_begin = 0;
     int64_t head_end = 0;
     std::vector<int32_t> order;  // pages, the best first; those that are always read are not among them
+    int64_t unknown = 0;         // of order, at its begin: what their keys may do has no bound
     int64_t taken = 0;           // of order
     bool done = false;
   };
@@ -316,6 +317,7 @@ class PageSelection {
   void find_candidates() {
     const std::vector<PageUse> uses = pass_.rules().uses(block_);
     rows_.resize(static_cast<size_t>(block_.row_count));
+    slots_.resize(rows_.size());
     for (int64_t row = 0; row < block_.row_count; ++row) rows_[static_cast<size_t>(row)].row = row;
     for (const PageUse& use : uses) {
       rows_[static_cast<size_t>(use.row - request_.span.row_begin - block_.row_begin)].pages.push_back(use);
@@ -325,7 +327,7 @@ class PageSelection {
       if (row.pages.empty()) continue;
       mark_always(&row);
       bounds.score(sparse_.heads_per_choice, knows_masses(), has_means(), &row);
-      slots_.emplace_back(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
+      slots_[static_cast<size_t>(row.row)].assign(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
       for (int64_t h = 0, number = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice, ++number) {
         Choice choice;
         choice.candidates = &row;
@@ -361,6 +363,8 @@ class PageSelection {
     for (int64_t i = 0; i < row.count(); ++i) {
       if (row.always[static_cast<size_t>(i)] == 0) choice->order.push_back(static_cast<int32_t>(i));
     }
+    choice->unknown = std::count_if(choice->order.begin(), choice->order.end(),
+                                    [values](int32_t i) { return values[i] == kInfinity; });
     const auto better = [values](int32_t a, int32_t b) {
       return values[a] != values[b] ? values[a] > values[b] : a > b;
     };
@@ -368,20 +372,20 @@ class PageSelection {
       std::sort(choice->order.begin(), choice->order.end(), better);
       return;
     }
-    const auto wanted =
-        choice->order.begin() + std::min(page_count(row), static_cast<int64_t>(choice->order.size()));
+    const auto wanted = choice->order.begin() +
+                        std::min(page_count(row, *choice), static_cast<int64_t>(choice->order.size()));
     std::nth_element(choice->order.begin(), wanted, choice->order.end(), better);
     // The last of them tell what the best of those that are left out are like.
     std::sort(choice->order.begin(), wanted, better);
   }
 
   // Pages that are chosen by their bounds, beside those that are always read.
-  int64_t page_count(const Candidates& row) const {
+  int64_t page_count(const Candidates& row, const Choice& choice) const {
     const int64_t wanted =
         sparse_.fraction > 0.0
             ? static_cast<int64_t>(std::ceil(sparse_.fraction * static_cast<double>(row.count()) - 1e-9))
             : pages_of(sparse_.tokens);
-    return std::max<int64_t>(0, wanted - row.always_count);
+    return std::max(choice.unknown, wanted - row.always_count);
   }
 
   // What each choice takes next.
@@ -423,9 +427,10 @@ class PageSelection {
   // The first batch of an adaptive choice is 1/128 of the row, or what a sketch says; each other one doubles
   // what was taken.
   int64_t batch_pages(const Candidates& row, const Choice& choice) const {
-    if (sparse_.kind == SparseKind::kPageTopK) return page_count(row);
+    if (sparse_.kind == SparseKind::kPageTopK) return page_count(row, choice);
     if (choice.taken > 0) return choice.taken;
-    return std::max(kFirstBatchPages, sparse_.sketch ? pages_for_mass(row, choice) : row.count() / 128);
+    return std::max(
+        {kFirstBatchPages, choice.unknown, sparse_.sketch ? pages_for_mass(row, choice) : row.count() / 128});
   }
 
   // As many of the best pages as leave out less than 1 - mass for every query, as a sketch weighs them.

@@ -19,6 +19,13 @@ float as_bfloat16(float value) {
   return value;
 }
 
+// Codes are to nearest and radii must not shrink: half a step more than the widest rounding.
+constexpr float kHalfStep = 0.5f / 15.0f * 1.01f;
+// bfloat16 rounds to nearest: at most so much off.
+constexpr float kRoundedUp = 1.0f + 1.0f / 128.0f;
+
+}  // namespace
+
 bool any_not_finite(const float* values, int64_t count) {
   uint32_t found = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -28,13 +35,6 @@ bool any_not_finite(const float* values, int64_t count) {
   }
   return found != 0;
 }
-
-// Codes are to nearest and radii must not shrink: half a step more than the widest rounding.
-constexpr float kHalfStep = 0.5f / 15.0f * 1.01f;
-// bfloat16 rounds to nearest: at most so much off.
-constexpr float kRoundedUp = 1.0f + 1.0f / 128.0f;
-
-}  // namespace
 
 void Summariser::add(const PageLayout& layout, const uint8_t* image, int64_t page_index, int64_t kv_head,
                      float* scratch, SummaryBlock* block) const {
@@ -153,16 +153,20 @@ void Summariser::finish(int64_t kv_head, float* scratch, SummaryBlock* block) co
 void Summariser::reopen(const SummaryBlock& full_block, int64_t kv_head, float* scratch,
                         uint8_t* filling) const {
   const int64_t width = shape_.head_dim;
+  const int64_t count = kPageTokens * width;
   const PageLayout full = shape_.full();
   for (int64_t part = 0; part < shape_.tiles_per_head; ++part) {
     const uint8_t* codes = tile(full_block.memory, full, kv_head, part);
     kernels_.dequantise_k(full.code_bits, codes,
                           reinterpret_cast<const uint16_t*>(codes + full.params_offset()), width, 0,
-                          kPageTokens, DType::kFloat32, width, scratch);
-    if (part == 1) {
-      for (int64_t i = 0; i < kPageTokens * width; ++i) scratch[i] *= kRoundedUp;
-    }
-    kernels_.pack_k(DType::kFloat32, scratch, width, DType::kBFloat16, width, 0, kPageTokens,
+                          kPageTokens, DType::kFloat32, width, scratch + part * count);
+  }
+  // Rounding moves centres again.
+  for (int64_t i = 0; i < count && shape_.tiles_per_head == 2; ++i) {
+    scratch[count + i] = (scratch[count + i] + std::fabs(scratch[i] - as_bfloat16(scratch[i]))) * kRoundedUp;
+  }
+  for (int64_t part = 0; part < shape_.tiles_per_head; ++part) {
+    kernels_.pack_k(DType::kFloat32, scratch + part * count, width, DType::kBFloat16, width, 0, kPageTokens,
                     tile(filling, shape_.filling(), kv_head, part));
   }
 }

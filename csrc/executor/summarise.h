@@ -10,6 +10,8 @@
 
 namespace csd {
 
+bool any_not_finite(const float* values, int64_t count);
+
 class Summariser {
  public:
   Summariser(const Kernels& kernels, const SummaryShape& shape) : kernels_(kernels), shape_(shape) {}
