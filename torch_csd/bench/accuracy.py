@@ -43,11 +43,15 @@ FAMILIES = {
     "sparf": ("SparF", SHARES),
     "sparf-sketch": ("SparF, sketch", SHARES),
     "page": ("page top-k", SHARES),
+    "page-sketch": ("page top-k, sketch", SHARES),
     "adaptive": ("adaptive", ("0.99", "0.999")),
+    "adaptive-bounds": ("adaptive, bounds", ("0.99",)),
     "h2o": ("H2O", SHARES),
     "window": ("sliding window", SHARES),
 }
-QUICK = ("exact", "sparf-1/8", "sparf-sketch-1/8", "page-1/8", "adaptive-0.99", "h2o-1/8", "window-1/8")
+QUICK = (
+    "exact", "sparf-1/8", "sparf-sketch-1/8", "page-1/8", "page-sketch-1/8", "adaptive-0.99", "h2o-1/8", "window-1/8",
+)  # fmt: skip
 CANNOT = (StoreError, NotImplementedError, RuntimeError)  # a skipped row
 POLICIES = {"h2o": dense.h2o, "window": dense.window}
 
@@ -55,7 +59,7 @@ POLICIES = {"h2o": dense.h2o, "window": dense.window}
 @dataclass(frozen=True)
 class Method:
     family: str
-    amount: Fraction = Fraction(1)  # of the bytes; "adaptive": of the softmax
+    amount: Fraction = Fraction(1)  # of the bytes; where it is adaptive, of the softmax
 
     @property
     def name(self) -> str:
@@ -74,14 +78,15 @@ class Method:
 
     @property
     def _amount(self) -> str:
-        return str(float(self.amount)) if self.family == "adaptive" else str(self.amount)
+        return str(float(self.amount)) if self.family.startswith("adaptive") else str(self.amount)
 
     def sparse(self, head_dim: int, tokens: int) -> Sparse | None:
         """`StorageCache.sparse` for a context of so many tokens; None is exact."""
-        if self.family == "page":
-            return PageTopK(fraction=float(self.amount))
-        if self.family == "adaptive":
-            return Adaptive(mass=float(self.amount))
+        by = "sketch" if self.family in ("page-sketch", "adaptive") else "bounds"
+        if self.family in ("page", "page-sketch"):
+            return PageTopK(fraction=float(self.amount), by=by)
+        if self.family in ("adaptive", "adaptive-bounds"):
+            return Adaptive(mass=float(self.amount), by=by)
         if self.family in ("sparf", "sparf-sketch"):
             # SparQ's own accounting (2312.04985, section 4): of the 2 d elements that K and V of a token have, step 1
             # reads r of every token, step 2 all of k tokens out of T, so r / (2 d) + k / T in all. With r = d / n and
@@ -106,7 +111,7 @@ def parse_methods(text: str) -> list[Method]:
                 raise ValueError
             amounts = [rest[1:]] if rest else FAMILIES[family][1] or ["1"]
             for amount in map(Fraction, amounts):
-                if not 0 < amount <= 1 or (family == "adaptive" and amount == 1):
+                if not 0 < amount <= 1 or (family.startswith("adaptive") and amount == 1):
                     raise ValueError
                 methods[Method(family, amount)] = None
         except (ValueError, ZeroDivisionError):
@@ -368,10 +373,6 @@ def give_up(tallies: dict[tuple[torch.dtype | None, Method], Tally | str], dtype
 
 
 def set_sparse(cache: StorageCache, sparse: Sparse | None) -> str:
-    if not hasattr(cache, "sparse"):
-        if sparse is not None:
-            raise NotImplementedError("this StorageCache has no sparse attention")
-        return ""
     cache.sparse = sparse
     return "" if sparse is None else str(sparse)
 
