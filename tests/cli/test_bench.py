@@ -27,6 +27,7 @@ TINY = {
         "--kv-heads",
     ]
     + ["2", "--head-dim", "64"],
+    "sparse": ["--context", "4k", "--heads", "4", "--kv-heads", "2", "--head-dim", "64"],
     "decode": ["--context", "256", "--sweep", "128,256", "--long-context", "1k"],
     "prefill": ["--prompt", "256", "--chunk", "64"],
     "io": ["--size", "32MiB"],
@@ -50,7 +51,7 @@ def bench(csd, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", list(TINY))
+@pytest.mark.parametrize("command", [command for command in TINY if command != "sparse"])
 def test_every_row_has_a_value_beside_another_or_says_why_not(bench, tmp_path, command):
     can_plot = importlib.util.find_spec("matplotlib") is not None
     result = bench(command, "--json", "-", *(["--plot", tmp_path / "plots"] if can_plot else []))
@@ -79,6 +80,17 @@ def test_every_row_has_a_value_beside_another_or_says_why_not(bench, tmp_path, c
     expected = {"attention": "attention-hot-tokens", "decode": "decode-hot-gbs", "prefill": "prefill-whole-tokens"}
     if command in expected:
         assert expected[command] in [path.stem for path in pictures]
+
+
+def test_sparse_rows_stand_beside_dense_attention_and_say_what_was_read(bench):
+    result = bench("sparse", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    for dtype in ("bfloat16", "int8", "int4"):
+        row = rows[f"{dtype}, page top-k 1/16, 4k tokens"]
+        assert row["value"] > 0 and row["beside"][0]["name"] == "dense bfloat16, cold"
+        assert "MiB a step from the drive" in row["note"]
+    assert all(row["value"] for row in rows.values())
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16,int8", "int4"])
@@ -115,6 +127,7 @@ def test_plots_without_matplotlib_say_how_to_get_it(bench, tmp_path, monkeypatch
         ("attention", ["--context", "0"], "a number of tokens must be"),
         ("attention", ["--heads", "5", "--kv-heads", "2"], "must be a multiple of --kv-heads"),
         ("attention", ["--context", "100000M"], "GiB"),
+        ("sparse", ["--heads", "5", "--kv-heads", "2"], "must be a multiple of --kv-heads"),
         ("decode", ["--memory-budget", "some"], "a size must be"),
         ("decode", ["--sweep", "1k,x"], "a number of tokens must be"),
         ("prefill", ["--io-engine", "aio"], "io_engine must be one of"),
