@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 
 import hypothesis
@@ -397,3 +399,36 @@ def test_a_budget_that_gets_crowded_takes_kept_tiles_back(make_store):
     assert store.stats()["memory_used_bytes"] <= store.stats()["memory_budget_bytes"]
     for layer, q in enumerate(queries):
         assert_near(store.attend(layer, q, sparse=ALL_PAGES), reference.attention(q, *tokens_of[layer]))
+
+
+TURNS = """
+import sys, torch
+from torch_csd import KVStore, PageTopK
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+torch.manual_seed(0)
+store = KVStore(sys.argv[1], memory_budget="24MiB", read_ahead=0, threads=1, sparse=PageTopK(fraction=0.3))
+k, v = torch.randn(2, 1, 8, 6400, 16)
+for layer in range(4):
+    store.append(layer, k, v)
+    store.flush()
+queries = torch.randn(2, 1, 8, 1, 16)
+for turns in (500, 6000):
+    before = resident_bytes(), store.stats()
+    for _ in range(turns):
+        for q in queries:
+            store.attend(0, q)
+    store.flush()
+after = store.stats()
+assert after["reused_bytes"] > before[1]["reused_bytes"] and after["drive_read_bytes"] == before[1]["drive_read_bytes"]
+print(resident_bytes() - before[0])
+"""
+
+
+def test_taking_turns_at_tiles_takes_no_memory(tmp_path):
+    """Two queries that want other tiles, and room for all of them: nothing has to go, and nothing may pile up."""
+    run = subprocess.run([sys.executable, "-c", TURNS, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2**21, f"grew by {run.stdout} bytes"
