@@ -27,7 +27,7 @@ from test_sparse import (
     tail_begin,
 )
 
-from torch_csd import Adaptive, KVStore, PageTopK, SparF, StoreCorruptError, StoreError, reference
+from torch_csd import Adaptive, KVStore, MemoryBudgetError, PageTopK, SparF, StoreCorruptError, StoreError, reference
 
 PAGE = 64
 HEADS, HEAD_DIM = 2, 16
@@ -165,6 +165,31 @@ def store_kind(store: KVStore) -> str:
 
 
 TestLives = hypothesis.settings(max_examples=12, stateful_step_count=12)(Lives).TestCase
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
+@pytest.mark.parametrize("count", [17, 64, 100])
+def test_summaries_may_take_all_the_memory_there_is(make_store, kind, count):
+    """Then tails leave it, too; but none that an append is about to fill, to make room for what is kept about it."""
+    k, v = random_kv(2, HEADS, 64 * 150, HEAD_DIM)
+    store = make_store(memory_budget="1MiB", kv_dtype=kind, threads=2, sparse=EVERYTHING)
+    end = 0
+    try:
+        while end + count <= k.shape[2]:
+            store.append(0, k[:, :, end : end + count], v[:, :, end : end + count])
+            end += count
+    except MemoryBudgetError as error:
+        assert "raise it" in str(error)
+    else:
+        assert kind is not None, "pages that left memory at once are summarised when that is needed"
+    assert store.lengths(0) == [end, end]
+    held = store.read(0)
+    assert kind is not None or torch.equal(held[0], k[:, :, :end]) and torch.equal(held[1], v[:, :, :end])
+    q = torch.randn(2, 4, 1, HEAD_DIM)
+    assert_near(store.attend(0, q, sparse=None), reference.attention(q, *held), kind)
+    store.truncate(0, 64 * 5 + 3)
+    store.append(0, k[:, :, : 64 * 2], v[:, :, : 64 * 2])
+    assert_near(store.attend(0, q), reference.attention(q, *store.read(0)), kind)
 
 
 # ---- stores that outlive the process ----
