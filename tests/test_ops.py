@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from support import random_kv
 
 import torch_csd
-from torch_csd import StorageTensor, ops
+from torch_csd import Adaptive, PageTopK, SparF, StorageTensor, ops
+from torch_csd.sparse import op_arguments
 
 namespace = torch.ops.torch_csd
 
@@ -45,6 +46,11 @@ def op_calls(store, directory):
         "trim": (handle, 0),
         "reorder": (handle, [0, 1]),
         "flush": (drive,),
+        "keep_summary": (handle, 0),
+        "attend_sparse": (
+            *(handle, q, mask, torch.zeros(4), None, 0.25, 0, 0, 0.0, 0, 0, 130, 24),
+            *op_arguments(PageTopK(fraction=0.5)),
+        ),
         "attend": (handle, q, mask, torch.zeros(4), None, 0.25, 1, 0, 0.0, 0, 0, 130, 24),
         "scores": (handle, q, 0, 0, 130),
         "weighted_sum": (handle, torch.rand(2, 4, 3, 130), 0, 0, 130, 24),
@@ -64,7 +70,8 @@ def test_every_op_is_listed_here(stored, tmp_path):
     "name",
     [
         "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append",
-        "truncate", "trim", "reorder", "flush", "attend", "scores", "weighted_sum", "read", "stats", "close",
+        "truncate", "trim", "reorder", "flush", "keep_summary", "attend", "attend_sparse", "scores", "weighted_sum",
+        "read", "stats", "close",
     ],
 )  # fmt: skip
 def test_opcheck(stored, tmp_path, name):
@@ -93,6 +100,35 @@ def test_attend_can_be_compiled_into_one_graph(stored):
     eager_out, eager_lse = torch_csd.attention(q * 2, K, V, causal=True, softcap=30.0)
     torch.testing.assert_close(out, eager_out + 1)
     torch.testing.assert_close(lse, eager_lse)
+
+
+@pytest.mark.parametrize(
+    "sparse", [PageTopK(tokens=64, local=0, sink=0), Adaptive(mass=0.5), SparF(channels=4, tokens=3)], ids=repr
+)
+def test_a_sparse_attend_can_be_compiled_into_one_graph(make_store, sparse):
+    k, v = random_kv(2, 2, 600, 16, 24)
+    store = make_store(sparse=sparse)
+    store.append(0, k, v)
+
+    @torch.compile(fullgraph=True)
+    def layer(q, K, V):
+        return F.scaled_dot_product_attention(q * 2, K, V, enable_gqa=True) + 1
+
+    q = torch.randn(2, 4, 1, 16)
+    sparse_out = layer(q, *StorageTensor.pair(store, 0))
+    torch.testing.assert_close(sparse_out, store.attend(0, q * 2)[0] + 1, atol=1e-5, rtol=0)
+    store.sparse = None
+    exact = F.scaled_dot_product_attention(q * 2, k, v, enable_gqa=True) + 1
+    torch.testing.assert_close(layer(q, *StorageTensor.pair(store, 0)), exact, atol=1e-5, rtol=0)
+    assert (sparse_out - exact).abs().max() > 1e-3
+
+
+def test_sparse_attention_is_not_differentiable(stored):
+    store, _, _ = stored
+    q = torch.randn(2, 4, 1, 16, requires_grad=True)
+    out, _ = store.attend(0, q, sparse=PageTopK(fraction=0.5))
+    with pytest.raises(NotImplementedError, match="not differentiable"):
+        out.sum().backward()
 
 
 def test_one_graph_serves_growing_caches_and_several_stores(stored, make_store):

@@ -339,13 +339,14 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
       Ref<Page> page = new_page(*row, stored);
       if (row->pages.empty()) row->first_page = row->length / kPageTokens;
       row->pages.push_back(page);
+      packer_->add({page, stored, true, tokens, nullptr, {}});
       expect_summary(*layer, row, row->end_page() - 1, page.get());
-      packer_->add({std::move(page), stored, true, tokens, nullptr, {}});
     } else {
       const bool completes = tokens.slot + tokens.count == kPageTokens && !geometry.quantised();
       const Ref<Page> page = writable_tail(*layer, row, replaced);
-      if (completes) expect_summary(*layer, row, row->end_page() - 1, page.get());
       packer_->add({page, full_precision, completes, tokens, nullptr, {}});
+      // Behind that: making room for it must not send away the page that is to be filled.
+      if (completes) expect_summary(*layer, row, row->end_page() - 1, page.get());
     }
     row->length += tokens.count;
     if (packer_->queued_bytes() >= kPackBytes) finish_packing();
@@ -546,7 +547,7 @@ void Drive::divide_budget(const Layer& layer, int64_t row_count) {
 }
 
 // Room for one page, made by writing others if there is none.
-uint8_t* Drive::page_memory(int64_t page_bytes) {
+uint8_t* Drive::page_memory(int64_t page_bytes, const char* what) {
   const int64_t window = write_window();
   for (;;) {
     if (uint8_t* memory = arena_->allocate(page_bytes)) return memory;
@@ -562,7 +563,7 @@ uint8_t* Drive::page_memory(int64_t page_bytes) {
     if (writer_->idle()) {
       if (packer_->empty()) {
         throw Error(ErrorKind::kBudget, "memory_budget of " + text(options_.memory_budget_bytes) +
-                                            " bytes has no room for another page of " + text(page_bytes) +
+                                            " bytes has no room for " + what + " of " + text(page_bytes) +
                                             " bytes; raise it");
       }
       finish_packing();  // what is pinned may go then

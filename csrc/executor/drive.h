@@ -201,7 +201,7 @@ class Drive {
   int64_t write_window() const;
   int64_t staging_room(const Layer& layer, int64_t row_count) const;
   void divide_budget(const Layer& layer, int64_t row_count);
-  uint8_t* page_memory(int64_t page_bytes);
+  uint8_t* page_memory(int64_t page_bytes, const char* what = "another page");
   enum class Evicted : uint8_t { kNone, kWriting, kGone };
   Evicted evict_one(bool tails_too = true);
   void seal(const Ref<Page>& page);

@@ -470,19 +470,20 @@ class PageSelection {
     const PageUse& page = row.pages[static_cast<size_t>(i)];
     const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
     const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(kind_);
-    for (int64_t h = 0; h < head_count; h += sparse_.heads_per_choice) {
+    // Of a page without a summary all heads want everything, and no checksums of its tiles are known.
+    const bool summarised = page.index < summary.end_page;
+    const int64_t together = summarised ? sparse_.heads_per_choice : head_count;
+    for (int64_t h = 0; h < head_count; h += together) {
       if (wanted[static_cast<size_t>(i * head_count + h)] == 0) continue;
-      const int64_t end = std::min(head_count, h + sparse_.heads_per_choice);
+      const int64_t end = std::min(head_count, h + together);
       PageUse use = page;
       if (h > 0 || end < head_count) {
         use.begin = static_cast<int32_t>(h * tile_bytes);
         use.end = static_cast<int32_t>(end * tile_bytes);
         use.tile_count = static_cast<int32_t>(end - h);
-        if (page.index < summary.end_page) {
-          const int64_t block = page.index / shape_.pages_per_block();
-          const int64_t place = page.index % shape_.pages_per_block() * head_count + h;
-          use.checksums = summary.block(block)->checksums.data() + place;
-        }
+        const int64_t block = page.index / shape_.pages_per_block();
+        const int64_t place = page.index % shape_.pages_per_block() * head_count + h;
+        use.checksums = summary.block(block)->checksums.data() + place;
       }
       use.slot = static_cast<int32_t>(next_slot_);
       for (int64_t head = h; head < end; ++head) {

@@ -115,15 +115,16 @@ SummaryBlock* Drive::summary_block(const Layer& layer, SummaryKind kind, RowSumm
   const SummaryShape shape(layer.geometry, kind);
   const bool has_tiles = shape.tiles_per_head > 0;
   const int64_t index = page_index / shape.pages_per_block();
+  const auto room = [this](int64_t bytes) { return page_memory(bytes, "a summary for sparse attention"); };
   const auto make = [&] {
     auto block = Ref<SummaryBlock>::make(&table_memory_, &table_memory_, arena_.get(),
                                          shape.pages_per_block() * shape.num_kv_heads);
     if (has_tiles) {
       const int64_t bytes = shape.filling_bytes();
-      block->memory = page_memory(bytes);
+      block->memory = room(bytes);
       std::memset(block->memory, 0, static_cast<size_t>(bytes));  // members that are missing are scored, too
     }
-    if (shape.head_dim_v > 0) block->sums = reinterpret_cast<float*>(page_memory(shape.sums_bytes()));
+    if (shape.head_dim_v > 0) block->sums = reinterpret_cast<float*>(room(shape.sums_bytes()));
     return block;
   };
   if (summary->blocks.empty()) summary->first_block = summary->end_page / shape.pages_per_block();
@@ -144,7 +145,7 @@ SummaryBlock* Drive::summary_block(const Layer& layer, SummaryKind kind, RowSumm
     place = std::move(copy);
   }
   if (has_tiles && completes_block(shape, page_index) && place->next_memory == nullptr) {
-    uint8_t* memory = page_memory(shape.full_bytes());
+    uint8_t* memory = room(shape.full_bytes());
     place->next_memory = memory;
   }
   return place.get();

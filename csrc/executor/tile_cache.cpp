@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace csd {
+namespace {
+
+constexpr size_t kStaleMin = 1024;  // that are worth looking through
+
+}  // namespace
 
 void TileCache::begin(int64_t layer_id, int64_t bytes_max) {
   layer_id_ = layer_id;
@@ -24,7 +29,7 @@ void TileCache::serve(std::vector<PageUse>* uses) {
         served_bytes_ += use.bytes();
       }
       entry.call = call_;
-      entry.stale = false;
+      entry.stale = 0;
       continue;
     }
     uint8_t* memory = room(use.bytes());
@@ -48,16 +53,24 @@ uint8_t* TileCache::room(int64_t bytes) {
       }
       refused_ = true;
     }
-    while (!stale_.empty()) {
-      const auto oldest = entries_.find(stale_.front());
-      if (oldest != entries_.end() && oldest->second.stale) break;
-      stale_.pop_front();
-    }
-    if (stale_.empty()) return nullptr;
-    const Key key = stale_.front();
-    stale_.pop_front();
-    erase(key);
+    if (!drop_stale()) return nullptr;
   }
+}
+
+bool TileCache::is_stale(const Stale& place) const {
+  const auto found = entries_.find(place.key);
+  return found != entries_.end() && found->second.stale == place.since;
+}
+
+bool TileCache::drop_stale() {
+  while (!stale_.empty()) {
+    const Stale oldest = stale_.front();
+    stale_.pop_front();
+    if (!is_stale(oldest)) continue;
+    erase(oldest.key);
+    return true;
+  }
+  return false;
 }
 
 void TileCache::end(bool filled) {
@@ -75,13 +88,19 @@ void TileCache::end(bool filled) {
         continue;
       }
       entry.filled = true;
-    } else if (entry.call != call_ && !entry.stale) {
-      entry.stale = true;
-      stale_.push_back(key);
+    } else if (entry.call != call_ && entry.stale == 0) {
+      entry.stale = call_;
+      stale_.push_back({key, call_});
     }
     keys[kept++] = key;
   }
   keys.resize(kept);
+  // Where there is room for all, nobody else takes those away that are in use again.
+  if (stale_.size() > 2 * entries_.size() + kStaleMin) {
+    stale_.erase(
+        std::remove_if(stale_.begin(), stale_.end(), [this](const Stale& place) { return !is_stale(place); }),
+        stale_.end());
+  }
 }
 
 void TileCache::erase(const Key& key) {
@@ -93,14 +112,7 @@ void TileCache::erase(const Key& key) {
 
 bool TileCache::drop_one() {
   if (entries_.empty()) return false;
-  while (!stale_.empty()) {
-    const Key key = stale_.front();
-    stale_.pop_front();
-    const auto found = entries_.find(key);
-    if (found == entries_.end() || !found->second.stale) continue;
-    erase(key);
-    return true;
-  }
+  if (drop_stale()) return true;
   erase(entries_.begin()->first);
   return true;
 }

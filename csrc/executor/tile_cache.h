@@ -62,17 +62,23 @@ class TileCache {
     int64_t bytes = 0;
     uint64_t call = 0;    // that used it last
     uint64_t listed = 0;  // at whose end it was seen
+    uint64_t stale = 0;   // at whose end it went into stale_; 0: it is in use
     bool filled = false;
-    bool stale = false;  // and in stale_
+  };
+  struct Stale {
+    Key key;
+    uint64_t since;
   };
 
+  bool is_stale(const Stale& place) const;  // still
   uint8_t* room(int64_t bytes);
+  bool drop_stale();  // the oldest; false when there is none
   void erase(const Key& key);
 
   Arena& arena_;
   std::unordered_map<Key, Entry, Hash> entries_;
   std::unordered_map<int64_t, std::vector<Key>> of_layer_;
-  std::deque<Key> stale_;  // the longest unused first; some are in use again
+  std::deque<Stale> stale_;  // the longest unused first; some are in use again, or gone
   int64_t layer_id_ = -1;
   uint64_t call_ = 0;
   int64_t bytes_ = 0;

@@ -463,6 +463,39 @@ static Step attend(int64_t layer, int64_t q_len) {
   };
 }
 
+// Half of the pages by their bounds, or half of the tokens: what is chosen is the same on both drives.
+static Step attend_sparse(int64_t layer, SparseKind kind) {
+  return [=](Drive& drive, std::vector<float>* out) {
+    const auto rows = static_cast<int64_t>(drive.info(layer).lengths.size());
+    if (rows == 0) return;
+    const std::vector<float> q = random_values(static_cast<size_t>(rows * kQueryHeads * kDimK), 5);
+    std::vector<float> missing(static_cast<size_t>(rows * kQueryHeads));
+    out->assign(static_cast<size_t>(rows * kQueryHeads * (kDimV + 1)), -1.0f);
+    AttendRequest request;
+    request.span = {0, rows, -1, -1};
+    request.num_heads = kQueryHeads;
+    request.q_len = 1;
+    request.q = query_view(q, 1, kDimK);
+    request.scale = 0.2f;
+    request.out = out->data();
+    request.lse = out->data() + rows * kQueryHeads * kDimV;
+    SparseRequest sparse;
+    sparse.kind = kind;
+    sparse.fraction = 0.5;
+    sparse.tokens = 500;
+    sparse.local_tokens = 64;
+    sparse.mass = 0.9;
+    sparse.channels = 16;
+    sparse.mean_value = true;
+    sparse.missing = missing.data();
+    drive.attend_sparse(layer, -1, request, sparse);
+  };
+}
+
+static Step keep_summary(int64_t layer, SummaryKind kind) {
+  return [=](Drive& drive, std::vector<float>*) { drive.keep_summary(layer, kind); };
+}
+
 // The other passes go over rows of one length, from the first token that can be read.
 static Span whole_span(Drive& drive, int64_t layer) {
   const LayerInfo info = drive.info(layer);
@@ -690,6 +723,30 @@ static std::vector<Operation> all_operations(const Geometry& geometry) {
   operations.push_back(
       {"attend", {0, 1}, filled(2, 1000), {attend(0, 1), attend(1, 1), attend(0, 1), attend(1, 1)}});
   operations.push_back({"attend with many queries", {0}, filled(1, 1500), {attend(0, 40)}});
+  {  // each layer's summaries are made by the first step, and go on with what is appended; tiles are kept
+    Operation sparse{"sparse attend", {0, 1}, filled(2, 1000), {}};
+    for (uint64_t token = 2; token < 4; token++) {
+      sparse.steps.push_back(attend_sparse(0, SparseKind::kPageTopK));
+      sparse.steps.push_back(append(0, 2, 65, token));
+      sparse.steps.push_back(attend_sparse(1, SparseKind::kAdaptive));
+      sparse.steps.push_back(attend_sparse(0, SparseKind::kPageTopK));
+    }
+    sparse.steps.push_back(crop(0, 777));
+    sparse.steps.push_back(append(0, 2, 90, 4));
+    sparse.steps.push_back(attend_sparse(0, SparseKind::kPageTopK));
+    operations.push_back(sparse);
+    Operation kept{"sparse attend to what is summarised as it comes", {0}, created(1), {}};
+    kept.before.push_back(keep_summary(0, SummaryKind::kBounds));
+    kept.before.push_back(keep_summary(0, SummaryKind::kValues));
+    kept.steps = {append(0, 2, 900, 2),
+                  attend_sparse(0, SparseKind::kSparF),
+                  append(0, 2, 150, 3),
+                  reorder(0, {1, 1, 0}),
+                  append(0, 3, 90, 4),
+                  attend_sparse(0, SparseKind::kPageTopK),
+                  attend_sparse(0, SparseKind::kSparF)};
+    operations.push_back(kept);
+  }
   operations.push_back({"scores", {0}, filled(1, 1500), {scores(0), scores(0)}});
   operations.push_back({"weighted_sum", {0}, filled(1, 1500), {weighted_sum(0), weighted_sum(0)}});
   operations.push_back({"read", {0}, filled(1, 1500), {read_back(0)}});
