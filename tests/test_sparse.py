@@ -61,7 +61,8 @@ def sparf_choice(q, k, *, channels, tokens, local=64, scale=None, step1_k=None):
     num_kv_heads, kv_len = k.shape[1:3]
     grouped = q.double().reshape(batch, num_kv_heads, -1, head_dim)
     sizes = grouped.abs().sum(2)
-    kept = torch.zeros_like(sizes).scatter(2, sizes.topk(min(channels, head_dim), dim=2).indices, 1.0)
+    largest = sizes.sort(dim=2, descending=True, stable=True).indices[:, :, :channels]
+    kept = torch.zeros_like(sizes).scatter(2, largest, 1.0)
     share = (grouped.abs() * kept[:, :, None]).sum(3) / grouped.abs().sum(3)
     logits = (grouped * kept[:, :, None]) @ (k if step1_k is None else step1_k).double().mT
     logits = logits * (head_dim**-0.5 if scale is None else scale) / share.sqrt()[..., None]

@@ -147,7 +147,8 @@ def sparf(
         mean_v: ``[batch, num_kv_heads, head_dim_v]``, if it is not the mean of ``v``.
 
     Returns:
-        ``out`` and ``lse`` (of i2) as :func:`attention`, and ``missing = 1 - alpha [batch, num_heads, q_len]``.
+        ``out`` and ``lse`` as :func:`attention` (lse of i2, less ``log(alpha)`` if the mean of V stands for the rest),
+        and ``missing = 1 - alpha [batch, num_heads, q_len]``.
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
@@ -155,7 +156,8 @@ def sparf(
     scale = head_dim**-0.5 if scale is None else scale
     grouped = q.double().reshape(batch, num_kv_heads, group * q_len, head_dim)
     size = grouped.abs()
-    i1 = size.sum(2).topk(min(channels, head_dim), dim=2).indices[:, :, None]  # [batch, num_kv_heads, 1, channels]
+    # Of equal channels the first: [batch, num_kv_heads, 1, channels].
+    i1 = size.sum(2).sort(dim=2, descending=True, stable=True).indices[:, :, None, :channels]
     kept = torch.zeros_like(size).scatter(3, i1.expand(-1, -1, group * q_len, -1), 1.0)
     share = (size * kept).sum(3) / size.sum(3)
     logits = (grouped * kept) @ (k if step1_k is None else step1_k).double().mT * scale / share.sqrt()[..., None]
@@ -170,6 +172,7 @@ def sparf(
         mean_v = v.double().mean(2) if mean_v is None else mean_v.double()
         mean_v = mean_v.repeat_interleave(group, 1)[:, :, None]
         out = alpha[..., None] * out + (1 - alpha)[..., None] * mean_v
+        lse = lse - torch.log(alpha)
     return out, lse, 1 - alpha
 
 

@@ -580,9 +580,9 @@ class KVStore:
 
         Returns:
             ``out [batch, num_heads, q_len, head_dim_v]`` in q's dtype and on its device, and
-            ``lse [batch, num_heads, q_len]``, float32, natural log, of the tokens that were attended to. A query that
-            sees nothing: 0 and -inf. ``missing``, shaped as lse: the probability mass of the tokens that were not, as
-            far as it can be told; 0 where attention was exact.
+            ``lse [batch, num_heads, q_len]``, float32, natural log, of all that ``out`` is made of (so that partials
+            merge). A query that sees nothing: 0 and -inf. ``missing``, shaped as lse: an estimate of the probability
+            mass that was left out, or went to wrong tokens where means stand for some; 0 where attention was exact.
 
         Raises:
             ValueError: shapes or settings that do not fit. StoreError: a read failed. StoreCorruptError: the drive

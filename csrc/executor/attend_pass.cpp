@@ -319,32 +319,30 @@ void AttendPass::finish(const Rest* rest) {
         const SoftmaxState state = merge(row, query, &merged);
         const float sink = request_.sinks != nullptr ? request_.sinks[h * heads_.group + m % heads_.group]
                                                      : -std::numeric_limits<float>::infinity();
+        const bool nothing = merged == nullptr || state.sum == 0.0f;
         const float rest_log = rest != nullptr ? rest->log_masses[row * queries_per_row_ + query]
                                                : -std::numeric_limits<float>::infinity();
-        const float* rest_value =
-            rest != nullptr ? rest->values + (row * queries_per_row_ + query) * width : nullptr;
-        const bool nothing = merged == nullptr || state.sum == 0.0f;
-        const float attended_top = std::max(state.max, sink);
-        const float attended = nothing ? 0.0f : state.sum * std::exp(state.max - attended_top);
-        const float with_sink = attended + std::exp(sink - attended_top);
-        request_.lse[index] = nothing ? sink : attended_top + std::log(with_sink);
-        if (rest_log > -std::numeric_limits<float>::infinity()) {
-          const float top = std::max(attended_top, rest_log);
-          const float weight = nothing ? 0.0f : std::exp(state.max - top);
-          const float rest_weight = std::exp(rest_log - top);
-          const float total = (nothing ? 0.0f : state.sum * weight) + std::exp(sink - top) + rest_weight;
-          if (nothing) {
-            kernels_.store(request_.q.dtype, rest_value, rest_weight / total, width,
-                           target + index * target_bytes);
-          } else {
-            kernels_.blend(merged, weight / total, rest_value, rest_weight / total, width, merged);
-            kernels_.store(request_.q.dtype, merged, 1.0f, width, target + index * target_bytes);
-          }
-        } else if (nothing) {  // nothing to attend to: the empty state, out = 0
+        if (nothing && rest_log == -std::numeric_limits<float>::infinity()) {  // the empty state, out = 0
           std::memset(target + index * target_bytes, 0, static_cast<size_t>(target_bytes));
+          request_.lse[index] = sink;
+          continue;
+        }
+        const float top = std::max({nothing ? rest_log : state.max, sink, rest_log});
+        const float weight = nothing ? 0.0f : std::exp(state.max - top);
+        const float rest_weight = std::exp(rest_log - top);
+        const float total = (nothing ? 0.0f : state.sum * weight) + std::exp(sink - top) + rest_weight;
+        request_.lse[index] = top + std::log(total);
+        void* place = target + index * target_bytes;
+        if (rest_weight == 0.0f) {
+          kernels_.store(request_.q.dtype, merged, weight / total, width, place);
+          continue;
+        }
+        const float* value = rest->values + (row * queries_per_row_ + query) * width;
+        if (nothing) {
+          kernels_.store(request_.q.dtype, value, rest_weight / total, width, place);
         } else {
-          kernels_.store(request_.q.dtype, merged, std::exp(state.max - attended_top) / with_sink, width,
-                         target + index * target_bytes);
+          kernels_.blend(merged, weight / total, value, rest_weight / total, width, merged);
+          kernels_.store(request_.q.dtype, merged, 1.0f, width, place);
         }
       }
     }

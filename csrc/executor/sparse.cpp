@@ -453,7 +453,8 @@ class PageSelection {
         float rest = 0.0f;
         auto left = static_cast<int64_t>(choice.order.size());
         while (left > 0) {
-          rest += std::exp(errors[choice.order[static_cast<size_t>(left - 1)]] - total);
+          const int32_t page = choice.order[static_cast<size_t>(left - 1)];
+          rest += std::exp(errors[page] - total) + kSketchErrorMin * std::exp(masses[page] - total);
           if (!(rest < 1.0f - static_cast<float>(sparse_.mass))) break;
           left--;
         }
@@ -532,6 +533,7 @@ class PageSelection {
         rest += std::exp(std::min(80.0f, masses[page] - state.max));
         error += std::exp(std::min(80.0f, errors[page] - state.max));
       }
+      if (sparse_.sketch) error += sketch_error(row, choice, h, m) * rest;
       return error / (total + rest);
     } else {
       const auto slots = [&](int64_t page) {
@@ -554,6 +556,23 @@ class PageSelection {
               static_cast<float>(std::max<int64_t>(1, quarter > 0 ? quarter : row.always_count));
     }
     return rest / (total + rest);
+  }
+
+  // How far off a sketch's weights are, relatively: as far as they are off for the pages that were read.
+  float sketch_error(const Candidates& row, const Choice& choice, int64_t h, int64_t m) const {
+    const float* masses = row.masses.data() + (h * pass_.queries_per_head() + m) * row.count();
+    const float base = row.log_sum(masses);
+    float estimated = 0.0f;
+    float found = 0.0f;
+    for (int64_t i = 0; i < choice.taken; ++i) {
+      const int32_t page = choice.order[static_cast<size_t>(i)];
+      const int32_t slot =
+          slots_[static_cast<size_t>(row.row)][static_cast<size_t>(page * heads_.num_kv_heads + h)];
+      estimated += std::exp(masses[page] - base);
+      found += std::exp(masses_[static_cast<size_t>(slot * pass_.queries_per_head() + m)] - base);
+    }
+    return estimated > 0.0f ? std::max(kSketchErrorMin, std::fabs(found / estimated - 1.0f))
+                            : kSketchErrorMin;
   }
 
   // For every query: what the pages that were not read weigh together, and the mean of their values.
@@ -612,6 +631,7 @@ class PageSelection {
   bool has_means() const { return sparse_.sketch && sparse_.mean_value; }
 
   static constexpr int64_t kFirstBatchPages = 4;
+  static constexpr float kSketchErrorMin = 0.01f;  // where pages that were read say less
 
   const PassContext& context_;
   const Kernels& kernels_;
