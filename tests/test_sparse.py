@@ -150,6 +150,52 @@ def test_sparf_may_score_a_copy_of_the_keys_in_four_bits(make_store, simd, kind,
     torch.testing.assert_close(ours[2].double(), expected[2], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("mean_value", [True, False])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_pages_may_be_weighed_by_a_copy_of_the_keys_in_four_bits(make_store, simd, kind, mean_value, q_len):
+    tokens = PAGE * 40 + 17
+    k, v = random_kv(2, 2, tokens, 64, 40)
+    choice = PageTopK(fraction=0.25, by="sketch", mean_value=mean_value)
+    store = make_store(kv_dtype=kind, simd=simd, resident=False, sparse=choice)
+    fill(store, k, v, (100, 1000, 1030))
+    k, v = store.read(0)
+    end = tail_begin(tokens, kind)
+    of_pages = sketch(k, end)[:, :, :end]
+    margin, seed = 0.0, 0
+    while margin < 1e-3:  # no near-ties between pages
+        seed += 1
+        q = torch.randn(2, 6, q_len, 64, generator=torch.Generator().manual_seed(seed)) * 2
+        *expected, wrong, margin = reference.page_sketch(q, k, v, of_pages, pages=11, mean_value=mean_value)
+    out, lse, missing = store.attend(0, q, return_missing=True)
+    # A value between two codes but for its last bit may get either.
+    torch.testing.assert_close(out.double(), expected[0], atol=3e-3, rtol=0)
+    torch.testing.assert_close(lse.double(), expected[1], atol=3e-3, rtol=0)
+    # By a tenth at most: how far off the sketch is, seen on the pages that were read.
+    assert (missing >= wrong - 1e-3).all() and (missing <= wrong + 0.1).all()
+    exact = reference.attention(q, k, v)[0]
+    if mean_value:  # what is said to be wrong bounds the error: both distributions of V's rows, of 2.5 at most here
+        assert ((out - exact).abs().amax(3) <= 2 * missing * v.abs().amax() + 1e-3).all()
+
+
+@pytest.mark.parametrize("mass", [0.9, 0.99, 0.999])
+def test_an_adaptive_choice_is_as_near_to_the_softmax_as_it_says(make_store, mass):
+    k, v = random_kv(1, 2, PAGE * 100, 64, 64)
+    q = (
+        torch.randn(1, 8, 1, 64, generator=torch.Generator().manual_seed(2))
+        * torch.tensor([0.1, 1, 3, 8] * 2)[:, None, None]
+    )
+    store = make_store(resident=False, sparse=Adaptive(mass=mass))
+    fill(store, k, v)
+    exact = store.attend(0, q, sparse=None)[0]
+    before = store.stats()["drive_read_bytes"]
+    out, _, missing = store.attend(0, q, return_missing=True)
+    assert store.stats()["drive_read_bytes"] - before <= store.stats()["stored_bytes"]
+    assert (missing < 1 - mass).all()
+    # Total variation: twice that, of the largest value.
+    assert ((out - exact).abs().amax(3) <= 2 * (1 - mass) * v.abs().amax()).all()
+
+
 @pytest.mark.parametrize("where", ["resident", "drive"])
 def test_sparf_of_everything_is_exact(make_store, simd, io_engine, where):
     k, v = random_kv(2, 2, 700, 64, 40, torch.bfloat16)

@@ -119,6 +119,78 @@ def page_top_k(
     return *attention(q, k, v, scale=scale, mask=mask[:, :, None], **rules), chosen
 
 
+def page_sketch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sketch: Tensor,
+    *,
+    pages: int,
+    local: int = 64,
+    sink: int = 64,
+    mean_value: bool = True,
+    page_tokens: int = 64,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Attention over the ``pages`` pages that an approximate K says matter most; the others by weight and mean.
+
+    With ``w`` the exponentials of the approximate scores, a page weighs ``m = sum of w``. If its mean of V stands for
+    it, ``e = sum of |w - m / page_tokens| / 2`` of that goes to wrong tokens: the total variation between the softmax
+    and what takes its place is at most the sum of ``e`` over such pages, over that of ``m`` over all. To the queries
+    that share a kv head a page matters by the greatest, over these, of ``e`` (``m`` without ``mean_value``) over the
+    sum of ``m``. Pages that are always attended to are those of :func:`page_top_k`.
+
+    Args:
+        q, k, v, scale: as in :func:`attention`; every query sees every token.
+        sketch: what stands for ``k`` in the choice and in the weights; of the first pages, the others are always
+            attended to.
+        pages: attended to in all.
+
+    Returns:
+        ``out`` and ``lse`` as :func:`attention`, what is wrong or missing as a share ``[batch, num_heads, q_len]``, and
+        by how much (of logs) the worst page that was chosen was better than the best that was not.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    full = sketch.shape[2] // page_tokens
+    page_count = -(-kv_len // page_tokens)
+    always = torch.zeros(page_count, dtype=torch.bool)
+    always[: -(-sink // page_tokens)] = True
+    always[full:] = True
+    if local:
+        always[max(kv_len - local, 0) // page_tokens :] = True
+    grouped = q.double().reshape(batch, num_kv_heads, group * q_len, head_dim)
+    scores = (grouped @ sketch.double()[:, :, : full * page_tokens].mT * scale).unflatten(3, (full, page_tokens))
+    masses = scores.logsumexp(4)  # [batch, num_kv_heads, group * q_len, full]
+    w = (scores - masses[..., None]).exp()
+    errors = masses + ((w - 1 / page_tokens).abs().sum(4) / 2).log()
+    whole = masses.masked_fill(always[:full], -torch.inf).logsumexp(3, keepdim=True)
+    values = ((errors if mean_value else masses) - whole).amax(2).masked_fill(always[:full], -torch.inf)
+    wanted = min(max(pages - int(always.sum()), 0), int((~always).sum()))
+    order = values.sort(dim=2, descending=True)
+    chosen = always.expand(batch, num_kv_heads, page_count).clone()
+    chosen[:, :, :full].scatter_(2, order.indices[:, :, :wanted], True)
+    margin = float("inf")
+    if 0 < wanted < int((~always).sum()):
+        margin = float((order.values[:, :, wanted - 1] - order.values[:, :, wanted]).min())
+    mask = chosen.repeat_interleave(page_tokens, dim=2)[:, :, :kv_len].repeat_interleave(group, 1)
+    out, lse = attention(q, k, v, scale=scale, mask=mask[:, :, None])
+    left_out = ~chosen[:, :, None, :full]
+    rest = masses.masked_fill(~left_out, -torch.inf)
+    rest_lse = rest.logsumexp(3)
+    error = (errors if mean_value else masses).masked_fill(~left_out, -torch.inf).logsumexp(3)
+    per_query = (batch, num_heads, q_len)
+    total = torch.logaddexp(lse, rest_lse.view(per_query))
+    wrong = (error.view(per_query) - total).exp()
+    if mean_value:
+        means = v.double()[:, :, : full * page_tokens].unflatten(2, (full, page_tokens)).mean(3)
+        weights = (rest - torch.where(rest_lse.isinf(), 0.0, rest_lse)[..., None]).exp()
+        out, lse = merge(out, lse, (weights @ means).view(*per_query, -1), rest_lse.view(per_query))
+    return out, lse, wrong, margin
+
+
 def sparf(
     q: Tensor,
     k: Tensor,
