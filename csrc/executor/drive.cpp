@@ -275,6 +275,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   for (Row& row : layer.rows) {
     lengths_before.push_back(row.length);
     ends_before.push_back(row.end_page());
+    if (!layer.keeps_any()) continue;
     begin_summaries(layer, &row);
     summarised_before.emplace_back();
     for (int kind = 0; kind < kSummaryKinds; ++kind) {
@@ -304,7 +305,9 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
       Row& row = layer.rows[i];
       row.length = lengths_before[i];
       while (row.end_page() > ends_before[i]) row.pages.pop_back();
-      truncate_summaries(layer.geometry, &row, [&](int kind) { return summarised_before[i][kind]; });
+      if (layer.keeps_any()) {
+        truncate_summaries(layer.geometry, &row, [&](int kind) { return summarised_before[i][kind]; });
+      }
     }
     for (auto page = replaced.rbegin(); page != replaced.rend(); ++page) {
       if (page->page->writable()) candidates_.add(page->page.get());
@@ -669,7 +672,8 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
     pages_gone += row.pages.size();
     row.truncate(length);
     pages_gone -= row.pages.size();
-    truncate_summaries(layer.geometry, &row, [&](int) { return length / kPageTokens; });
+    if (layer.keeps_any())
+      truncate_summaries(layer.geometry, &row, [&](int) { return length / kPageTokens; });
     if (row.pages.empty()) row.home->stream.restart();
     shortened = true;
   }

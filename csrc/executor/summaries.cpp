@@ -99,6 +99,7 @@ void Drive::begin_summaries(const Layer& layer, Row* row) {
 // Makes room for what is kept about a page that is about to be filled. Not always in order: a row's old tail
 // is quantised after the pages behind it.
 void Drive::expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page) {
+  if (!layer.keeps_any()) return;
   bool wanted = false;
   for (int kind = 0; kind < kSummaryKinds; ++kind) {
     RowSummary& summary = row->summaries[kind];

@@ -101,9 +101,11 @@ struct Layer {
   int64_t begin = 0;  // tokens before it were dropped (sliding windows)
   int64_t epoch =
       0;  // changes whenever a token that could be read before cannot be read at its place any more
-  int64_t number = -1;                      // the caller's, for errors to name; -1: it gave none
-  bool restored = false;                    // from a catalogue, and not attended to yet
-  std::array<bool, kSummaryKinds> keeps{};  // by kind: summaries of the pages that fill
+  int64_t number = -1;    // the caller's, for errors to name; -1: it gave none
+  bool restored = false;  // from a catalogue, and not attended to yet
+  std::array<bool, kSummaryKinds>
+      keeps{};  // by kind: summaries of the pages that fill; for good once asked for
+  bool keeps_any() const { return keeps[0] || keeps[1] || keeps[2]; }
 };
 
 }  // namespace csd
