@@ -192,6 +192,22 @@ def test_summaries_may_take_all_the_memory_there_is(make_store, kind, count):
     assert_near(store.attend(0, q), reference.attention(q, *store.read(0)), kind)
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_what_was_read_ahead_counts_once(make_store, io_engine, kind):
+    """Exact attention reads ahead; a choice that takes pages on both sides of what is there already reads around it."""
+    k, v = random_kv(1, 2, 64 * 40, 16)
+    q = torch.randn(1, 4, 1, 16)
+    store = make_store(memory_budget="1MiB", threads=2, resident=False, kv_dtype=kind, io_engine=io_engine)
+    fill(store, k, v)
+    exact = reference.attention(q, *store.read(0))
+    for begin in range(0, 64 * 30, 64):
+        for sparse in (ALL_PAGES, SparF(channels=16, tokens=10**6)):
+            for _ in range(3):
+                store.attend(0, q, kv_begin=begin, kv_end=begin + 64 * 2)
+            assert_near(store.attend(0, q, sparse=sparse), exact, kind)
+    assert store.stats()["read_ahead_bytes"] > 0
+
+
 # ---- stores that outlive the process ----
 
 

@@ -38,7 +38,8 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
     }
     if (next_staged < staged_count) {
       StagedRun& run = (*staged)[next_staged];
-      if (run.file_offset <= begin && end <= run.file_offset + run.bytes) {
+      const bool follows = !serving || plan->staged.back().use_end == i;
+      if (follows && run.file_offset <= begin && end <= run.file_offset + run.bytes) {
         if (!serving) plan->staged.push_back({run.slot, i, i, 0});
         serving = true;
         run.taken = true;
@@ -48,7 +49,8 @@ void extend_plan(const std::vector<PageUse>& uses, int64_t read_bytes_max, std::
         continue;
       }
     }
-    if (plan->reads.size() > first_read) {
+    // A run has all uses from its first to its last: none that something staged serves lies between them.
+    if (plan->reads.size() > first_read && plan->reads.back().use_end == i) {
       ReadRun& run = plan->reads.back();
       const int64_t run_end = run.file_offset + run.bytes;
       if (end <= run_end) {  // the same bytes, for another row or head
