@@ -115,7 +115,9 @@ class SparF:
         step1: ``"channels"``: from the stored channels of K, literally. ``"sketch"``: from a 4-bit copy of K in memory,
             a seventh of a bfloat16 cache; all channels count then.
 
-    Where a padding mask hides a part of a page, the mean is over the whole page.
+    Where a padding mask hides a part of a page, the mean is over the whole page. Step 1 takes 4 bytes for each token
+    and query of a kv head meanwhile, whatever ``memory_budget``; what it reads of unquantised channels is compared with
+    no checksum.
 
     Raises:
         ValueError: a setting is out of range. TypeError: it is not a number, or not True or False.

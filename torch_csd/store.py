@@ -218,6 +218,8 @@ class KVStore:
         self._token_ids: tuple[array, ...] | None = None  # of what is committed
         self._layers: dict[int, StoredLayer] = {}
         self._sparse: Sparse | None = None
+        # Numbers of layers for which nothing is kept to choose by, because they are attended to exactly.
+        self.exact_layers: frozenset[int] = frozenset()
         self._lock = threading.RLock()  # of _layers
         self._finalizer = weakref.finalize(self, _release, drive, self._layers, name, os.getpid())
 
@@ -241,11 +243,11 @@ class KVStore:
         self._check_open()
         self._sparse = check_sparse(sparse)
         with self._lock:
-            for stored in self._layers.values():
-                self._keep_summary(stored.handle)
+            for number, stored in self._layers.items():
+                self._keep_summary(number, stored.handle)
 
-    def _keep_summary(self, handle: Tensor) -> None:
-        if self._sparse is not None:
+    def _keep_summary(self, number: int, handle: Tensor) -> None:
+        if self._sparse is not None and number not in self.exact_layers:
             for kind in summary_kinds(self._sparse):
                 ops.keep_summary(handle, kind)
 
@@ -360,7 +362,7 @@ class KVStore:
             dtype=k.dtype if kv_dtype in CODE_BITS else kv_dtype,
             code_bits=CODE_BITS.get(kv_dtype, 0),
         )
-        self._keep_summary(handle)
+        self._keep_summary(number, handle)
         return StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
 
     def truncate(self, layer: int, length: int | Sequence[int]) -> None:
@@ -395,6 +397,7 @@ class KVStore:
         other = KVStore.__new__(KVStore)
         other._attach(drive, self._kv_dtype, name, copy.deepcopy(self.metadata))
         other._sparse = self._sparse
+        other.exact_layers = self.exact_layers
         with self._lock:
             for number, stored in self._layers.items():
                 other._layers[number] = dataclasses.replace(stored, handle=ops.fork_layer(stored.handle))
@@ -503,8 +506,8 @@ class KVStore:
                     ops.drop_layer(stored.handle)
                 raise
             self._layers.update(layers)
-            for stored in layers.values():
-                self._keep_summary(stored.handle)
+            for number, stored in layers.items():
+                self._keep_summary(number, stored.handle)
 
     def free(self, layer: int | None = None) -> None:
         """Forgets a layer's rows, or all layers'. The number may be used again, for any batch and geometry."""

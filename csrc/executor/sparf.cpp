@@ -334,22 +334,25 @@ class SparF : public PageConsumer, public TokenChoice {
     return count;
   }
 
-  // From page `first` on. What is read of a tile is the range of its channels: no checksum is of that.
+  // From page `first` on. What is read of a tile is the range of its channels: no checksum is of that. Codes
+  // of channels have their scales behind V: those tiles are read whole, and compared.
   void read_channels(const std::vector<PageUse>& pages, int64_t first, int64_t head_begin, int64_t head_end,
                      const std::vector<StepOneQueries>& queries, int workers, StepOne* step) const {
     std::vector<PageUse> uses;
     for (auto i = static_cast<size_t>(first); i < pages.size(); ++i) {
       const PageLayout& layout = layouts_.of(*pages[i].page);
       for (int64_t h = head_begin; h < head_end; ++h) {
-        const StepOneQueries& own = queries[static_cast<size_t>(h)];
-        const int64_t channel_bytes = kPageTokens * element_bytes(layout.dtype);
-        const int64_t tile = h * layout.tile_bytes();
         PageUse use = pages[i];
+        if (layout.code_bits != 0) {
+          use = tile_use(pages[i], h);
+        } else {
+          const StepOneQueries& own = queries[static_cast<size_t>(h)];
+          const int64_t channel_bytes = kPageTokens * element_bytes(layout.dtype);
+          const int64_t tile = h * layout.tile_bytes();
+          use.begin = static_cast<int32_t>(tile + own.channel_begin * channel_bytes);
+          use.end = static_cast<int32_t>(tile + own.channel_end * channel_bytes);
+        }
         use.slot = static_cast<int32_t>(i);
-        use.begin =
-            static_cast<int32_t>(tile + (layout.code_bits != 0 ? 0 : own.channel_begin * channel_bytes));
-        use.end = static_cast<int32_t>(
-            tile + (layout.code_bits != 0 ? layout.tile_bytes() : own.channel_end * channel_bytes));
         uses.push_back(use);
       }
     }
@@ -403,10 +406,27 @@ class SparF : public PageConsumer, public TokenChoice {
     }
     for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
       const int64_t query = (row * heads_.num_kv_heads + h) * pass_.queries_per_head() + m;
-      const float rest = std::clamp(1.0f - step->share(h, m, bits.data()), 0.0f, 1.0f);
-      shares_[static_cast<size_t>(query)] = rest;
-      sparse_.missing[output_index(heads_, block_, request_.q_len, row, h, m)] = rest;
+      const float share = std::clamp(step->share(h, m, bits.data()), 0.0f, 1.0f);
+      shares_[static_cast<size_t>(query)] = share;
+      sparse_.missing[output_index(heads_, block_, request_.q_len, row, h, m)] = 1.0f - share;
     }
+  }
+
+  // One kv head's tile of a page.
+  PageUse tile_use(const PageUse& page, int64_t h) const {
+    PageUse use = page;
+    if (heads_.num_kv_heads == 1) return use;  // all of it
+    const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
+    use.begin = static_cast<int32_t>(h * tile_bytes);
+    use.end = static_cast<int32_t>((h + 1) * tile_bytes);
+    use.tile_count = 1;
+    const RowSummary& summary = summary_of(page);
+    if (page.index < summary.end_page) {
+      const int64_t block = page.index / values_.pages_per_block();
+      const int64_t number = page.index % values_.pages_per_block() * heads_.num_kv_heads + h;
+      use.checksums = summary.block(block)->checksums.data() + number;
+    }
+    return use;
   }
 
   std::vector<PageUse> step_two_uses() const {
@@ -417,21 +437,9 @@ class SparF : public PageConsumer, public TokenChoice {
           uses.push_back(page);
           continue;
         }
-        const RowSummary& summary = summary_of(page);
-        const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
         for (int64_t h = 0; h < heads_.num_kv_heads; ++h) {
           const int64_t place = h * chosen.page_count() + page.index - chosen.first_index();
-          if (chosen.bits[static_cast<size_t>(place)] == 0) continue;
-          PageUse use = page;
-          if (heads_.num_kv_heads > 1) {
-            use.begin = static_cast<int32_t>(h * tile_bytes);
-            use.end = static_cast<int32_t>((h + 1) * tile_bytes);
-            use.tile_count = 1;
-            const int64_t block = page.index / values_.pages_per_block();
-            const int64_t number = page.index % values_.pages_per_block() * heads_.num_kv_heads + h;
-            use.checksums = summary.block(block)->checksums.data() + number;
-          }
-          uses.push_back(use);
+          if (chosen.bits[static_cast<size_t>(place)] != 0) uses.push_back(tile_use(page, h));
         }
       }
     }
@@ -501,7 +509,7 @@ class SparF : public PageConsumer, public TokenChoice {
     }
   }
 
-  // The mass that gives what is left out its share beside what was attended to.
+  // The mass that gives what was attended to its share beside what is left out.
   std::vector<float> rest_masses() const {
     std::vector<float> logs(shares_.size(), -kInfinity);
     for (int64_t query = 0; query < static_cast<int64_t>(shares_.size()); ++query) {
@@ -509,9 +517,9 @@ class SparF : public PageConsumer, public TokenChoice {
       const int64_t head = query / queries;
       const SoftmaxState state =
           pass_.state(head / heads_.num_kv_heads, head % heads_.num_kv_heads, query % queries);
-      const float share = std::min(shares_[static_cast<size_t>(query)], 1.0f - 1e-6f);
-      if (share > 0.0f && state.sum > 0.0f) {
-        logs[static_cast<size_t>(query)] = state.max + std::log(state.sum) + std::log(share / (1.0f - share));
+      const float share = shares_[static_cast<size_t>(query)];
+      if (share < 1.0f && share > 0.0f && state.sum > 0.0f) {
+        logs[static_cast<size_t>(query)] = state.max + std::log(state.sum) + std::log(1.0f / share - 1.0f);
       }
     }
     return logs;
@@ -530,9 +538,10 @@ class SparF : public PageConsumer, public TokenChoice {
   const int worker_count_;
   AttendPass pass_;
   std::vector<Chosen> rows_;
-  std::vector<float> shares_;  // [rows][num_kv_heads][queries_per_head]: what step 1 sees elsewhere
-  std::vector<float> mean_;    // [rows][num_kv_heads][queries_per_head][head_dim_v]
-  std::vector<double> sums_;   // [workers][rows][num_kv_heads][head_dim_v], of pages that are not summarised
+  std::vector<float>
+      shares_;  // [rows][num_kv_heads][queries_per_head]: of what is attended to, as step 1 sees it
+  std::vector<float> mean_;   // [rows][num_kv_heads][queries_per_head][head_dim_v]
+  std::vector<double> sums_;  // [workers][rows][num_kv_heads][head_dim_v], of pages that are not summarised
 };
 
 }  // namespace

@@ -168,6 +168,7 @@ class StorageCache(DynamicCache):
                 self.layers[index] = StorageLayer(self.store, index, latent_dims)
             elif type(layer) is DynamicSlidingWindowLayer:
                 self.layers[index] = StorageSlidingLayer(self.store, index, layer.sliding_window, latent_dims)
+                self.store.exact_layers |= {index}
         if self.layers and not any(isinstance(layer, StorageLayer) for layer in self.layers):
             warnings.warn(
                 f"StorageCache: no layer of {type(config).__name__} is plain attention, so nothing goes to "
