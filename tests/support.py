@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from torch_csd import KVStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,3 +37,12 @@ def random_kv(
     k = torch.randn(batch, num_kv_heads, tokens, head_dim_k, generator=generator)
     v = torch.randn(batch, num_kv_heads, tokens, head_dim_v or head_dim_k, generator=generator)
     return k.to(dtype), v.to(dtype)
+
+
+def fill(store: KVStore, k: torch.Tensor, v: torch.Tensor, splits: Sequence[int] = ()) -> None:
+    """Appends the tokens to layer 0 in the given portions, and waits until they are where they will be."""
+    begin = 0
+    for end in (*splits, k.shape[2]):
+        store.append(0, k[:, :, begin:end], v[:, :, begin:end])
+        begin = end
+    store.flush()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import DTYPES, assert_attention_equal, random_kv
+from support import DTYPES, assert_attention_equal, fill, random_kv
 
 from torch_csd import StoreFullError, reference
 
@@ -24,14 +24,6 @@ EXACT_RMS = {"int8": 0.01, "int4": 0.16}
 @pytest.fixture(params=BITS)
 def kind(request) -> str:
     return request.param
-
-
-def fill(store, k, v, splits=()):
-    begin = 0
-    for end in (*splits, k.shape[2]):
-        store.append(0, k[:, :, begin:end], v[:, :, begin:end])
-        begin = end
-    store.flush()
 
 
 def tail_begin(tokens: int) -> int:

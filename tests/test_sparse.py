@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import DTYPES, assert_attention_equal, random_kv
+from support import DTYPES, assert_attention_equal, fill, random_kv
 from test_attention import option_sets
 
 from torch_csd import Adaptive, KVStore, MemoryBudgetError, PageTopK, SparF, reference
@@ -30,14 +30,6 @@ def assert_near(ours, expected, kind="float32"):
     excess = error - OUT_ATOL.get(kind, 5e-5) - ulp * expected[0].abs()
     assert not (excess > 0).any() and not error.isnan().any(), f"largest error {error.max():.3g}"
     torch.testing.assert_close(ours[1].double(), expected[1], atol=LSE_ATOL.get(kind, 5e-5), rtol=1e-5)
-
-
-def fill(store, k, v, splits=()):
-    begin = 0
-    for end in (*splits, k.shape[2]):
-        store.append(0, k[:, :, begin:end], v[:, :, begin:end])
-        begin = end
-    store.flush()
 
 
 def bytes_read(store, call) -> int:
