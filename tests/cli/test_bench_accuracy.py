@@ -21,7 +21,6 @@ FIGURES = (
     "task context_tokens kv_dtype in_memory method family settings questions positions recall kl perplexity "
     "drive_bytes_per_token memory_bytes_per_token share_of_exact_bytes missing_mass tokens_per_s"
 ).split()
-HAS_SPARSE = hasattr(StorageCache, "sparse")
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +94,14 @@ def test_every_method_has_a_row_with_recall_kl_bytes_and_speed(accuracy, write, 
     for row in report["rows"]:
         assert row["name"] in result.stderr
         if row["value"] is None:
-            assert not HAS_SPARSE and row["skipped"], row["name"]
-            continue
+            raise AssertionError(row["skipped"])
         figures = row["figures"]
         assert sorted(figures) == sorted(FIGURES)
         assert figures["questions"] == 3 and figures["positions"] == 4
         assert row["value"] == 100 * figures["recall"] and row["unit"] == "%"
         assert figures["kl"] >= 0 and figures["perplexity"] >= 1 and figures["tokens_per_s"] > 0
         measured[figures["kv_dtype"], figures["method"]] = figures
-    everywhere = ["exact"] + ["sparf-1/8", "sparf-sketch-1/8", "page-1/8", "adaptive-0.99"] * HAS_SPARSE
+    everywhere = ["exact", "sparf-1/8", "sparf-sketch-1/8", "page-1/8", "page-sketch-1/8", "adaptive-0.99"]
     assert set(measured) == {
         *((dtype, method) for dtype in ("bfloat16", "int8", "int4") for method in everywhere),
         *(("bfloat16", method) for method in ("reference", "h2o-1/8", "window-1/8")),
@@ -425,3 +423,7 @@ def test_the_script_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         exec(compile(path.read_text(), path, "exec"), {"__name__": "__main__"})
     assert exit.value.code == 0 and "--methods" in capsys.readouterr().out
+
+
+def test_every_family_of_methods_has_a_line_in_the_pictures():
+    assert list(plots.FAMILY_STYLES) == list(FAMILIES)

@@ -107,7 +107,9 @@ FAMILY_STYLES = {
     "sparf": ("#b0413e", "o", "SparF"),
     "sparf-sketch": ("#d98c2b", "s", "SparF, sketch"),
     "page": ("#1f6fb4", "D", "page top-k"),
+    "page-sketch": ("#3aa7c9", "P", "page top-k, sketch"),
     "adaptive": ("#2a9d58", "^", "adaptive"),
+    "adaptive-bounds": ("#8a8f1f", "<", "adaptive, bounds"),
     "h2o": ("#7b5ea7", "v", "H2O, in memory"),
     "window": ("#8a8a8a", "X", "sliding window, in memory"),
 }
