@@ -56,6 +56,8 @@ def test_text_and_tokens_are_those_of_generation_in_memory(generate, checkpoint,
         ("--kv-dtype", "bfloat16"),
         ("--attn-implementation", "sdpa"),
         ("--attn-implementation", "eager"),
+        ("--sparse", "adaptive:0.99"),
+        ("--sparse", "sparf-sketch:128", "--kv-dtype", "int8"),
         ("--temperature", 0.1, "--top-p", 0.9, "--seed", 3),  # it is sure of itself
     ],
     ids=lambda options: " ".join(map(str, options)),
@@ -65,6 +67,12 @@ def test_every_way_of_generating_finds_the_answers(generate, lookups, write_prom
     assert result.exit_code == 0
     assert [row["text"] for row in result.rows] == answers(lookups)
     assert {row["finish_reason"] for row in result.rows} == {"stop"}
+
+
+def test_the_closing_line_tells_how_much_of_the_attention_was_left_out(generate, lookups, write_prompts):
+    result = generate(write_prompts(*rows_of(lookups)[:1]), "--sparse", "page:2")
+    assert "; left out about " in result.stderr.splitlines()[-1]
+    assert "left out" not in generate(write_prompts(*rows_of(lookups)[:1])).stderr
 
 
 def test_the_closing_line_tells_what_was_moved_by_which_path(generate, lookups, write_prompts, tmp_path):
@@ -171,6 +179,8 @@ def test_a_row_that_does_not_fit_on_the_drive_costs_its_batch_nothing(checkpoint
         ({"--memory-budget": "plenty"}, "plenty"),
         ({"--memory-budget": "1KiB"}, "memory_budget must be at least"),
         ({"--kv-dtype": "int3"}, "kv_dtype must be one of"),
+        ({"--sparse": "some"}, "sparse must be page:FRACTION"),
+        ({"--sparse": "page:2.5"}, "PageTopK: fraction must be in (0, 1]"),
         ({"--dtype": "float64"}, "--dtype must be one of"),
         ({"--device": "abacus"}, "--device abacus"),
         ({"--temperature": "0"}, "--temperature must be above 0"),

@@ -273,7 +273,8 @@ class StorageCache(DynamicCache):
     def sparse(self) -> Sparse | None:
         """How decode steps choose among the stored tokens; None: attention is exact. May be assigned between forwards.
 
-        Calls of more than 16 tokens (prefill) and sliding-window layers are exact in any case.
+        Calls of more than 16 tokens (prefill), sliding-window layers and attn_implementation="eager" (whose two
+        products go over all tokens) are exact in any case.
         """
         return self.store.sparse
 
