@@ -3,8 +3,10 @@
 //
 // Thread-safe: one call at a time, in the order in which they came. memory_budget is divided: staging for
 // reads in flight and ahead, which grows with what passes read, scratch for partial results, and the arena,
-// which holds the tails and, in what is left, full pages that then never have to be read. A page that finds
-// no room is written and leaves memory; even a tail may, so any budget above the minimum holds any context.
+// which holds the tails, the summaries of sparse attention and, in what is left, tiles that it chose lately
+// and full pages that then never have to be read. A page that finds no room is written and leaves memory;
+// even a tail may, so any budget above the minimum holds any context (with sparse attention: that its
+// summaries fit).
 #pragma once
 
 #include <sys/types.h>
