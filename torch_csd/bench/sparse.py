@@ -20,8 +20,8 @@ from torch_csd.errors import StoreError
 from torch_csd.sparse import PageTopK, SparF, Sparse
 from torch_csd.store import KVStore
 
-# Tokens per second over those of dense attention in the base type. Of one choice a kv head, reads are as small as tiles,
-# and bound by the drive's requests per second: the bars are on reads of about 32 to 64 KiB.
+# Tokens per second over those of dense attention in the base type. With a choice for each kv head reads are as small as
+# tiles, and bound by the drive's requests per second: the bars are on reads of about 32 to 64 KiB.
 BARS = {
     (torch.bfloat16, "page top-k 1/16, 2 kv heads a choice"): 8.0,
     (torch.int4, "page top-k 1/16, 4 kv heads a choice"): 20.0,
