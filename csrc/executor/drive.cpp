@@ -296,10 +296,12 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
     write_behind(token_total * layer.geometry.stored().page_bytes() / kPageTokens);
     writer_->flush();
     settle_writes();
+    finish_summaries(layer);
     appended_tokens_ += token_total;
   } catch (...) {
     packer_->cancel([this](const Packer::Job& job) { list_again(job); });
     new_pages_.clear();
+    for (std::vector<SummaryBlock*>& blocks : filled_blocks_) blocks.clear();
     // Slots that were written behind a row's length hold nothing; pages are taken off, or put back.
     for (size_t i = 0; i < layer.rows.size(); ++i) {
       Row& row = layer.rows[i];

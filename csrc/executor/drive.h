@@ -11,6 +11,7 @@
 
 #include <sys/types.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -194,6 +195,7 @@ class Drive {
   void expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page);
   SummaryBlock* summary_block(const Layer& layer, SummaryKind kind, RowSummary* summary, int64_t page_index);
   void summarise_new_pages();
+  void finish_summaries(const Layer& layer);
   void catch_up(Layer* layer, const Span& span, SummaryKind kind);
   void catch_up_row(const Layer& layer, Row* row, int64_t row_index, SummaryKind kind);
   int64_t summary_bytes() const;
@@ -251,7 +253,8 @@ class Drive {
   int64_t durable_file_bytes_ = 0;
   bool sync_failed_ = false;  // no later one can be trusted
 
-  std::vector<NewPage> new_pages_;  // of the append that runs
+  std::vector<NewPage> new_pages_;                                       // of the append that runs
+  std::array<std::vector<SummaryBlock*>, kSummaryKinds> filled_blocks_;  // by it
   AlignedBuffer summary_scratch_;
 
   int64_t brought_back_bytes_ = 0;

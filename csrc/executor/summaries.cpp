@@ -168,6 +168,9 @@ void Drive::summarise_new_pages() {
     const Summariser summariser(kernels_, shape);
     std::vector<Item> items;
     std::vector<SummaryBlock*> full;
+    // A block of several pages keeps its members as they are until the append is sure to stand: codes would
+    // not give those of its earlier pages back.
+    const bool at_once = shape.pages_per_block() == 1;
     for (const NewPage& page : new_pages_) {
       RowSummary& summary = page.row->summaries[kind];
       // One that rows share may have left memory meanwhile: its row catches up later.
@@ -188,12 +191,40 @@ void Drive::summarise_new_pages() {
         for (const Item& item : items) {
           summariser.add(item.layout, item.image, item.index, h, own, item.block);
         }
-        for (SummaryBlock* block : full) summariser.finish(h, own, block);
+        if (at_once) {
+          for (SummaryBlock* block : full) summariser.finish(h, own, block);
+        }
       }
     });
-    for (SummaryBlock* block : full) block->turn();
+    if (at_once) {
+      for (SummaryBlock* block : full) block->turn();
+    } else {
+      filled_blocks_[kind].insert(filled_blocks_[kind].end(), full.begin(), full.end());
+    }
   }
   new_pages_.clear();
+}
+
+// At the end of an append that stands: the codes of the blocks that it made full.
+void Drive::finish_summaries(const Layer& layer) {
+  for (int kind = 0; kind < kSummaryKinds; ++kind) {
+    std::vector<SummaryBlock*>& blocks = filled_blocks_[kind];
+    if (blocks.empty()) continue;
+    const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
+    const Summariser summariser(kernels_, shape);
+    const auto worker_count =
+        static_cast<int>(std::clamp<int64_t>(shape.num_kv_heads, 1, pool_.worker_count()));
+    auto* scratch = static_cast<float*>(summary_scratch_.reserve(worker_count * summariser.scratch_floats() *
+                                                                 static_cast<int64_t>(sizeof(float))));
+    pool_.compute(worker_count, [&](int worker) {
+      float* own = scratch + worker * summariser.scratch_floats();
+      for (int64_t h = worker; h < shape.num_kv_heads; h += worker_count) {
+        for (SummaryBlock* block : blocks) summariser.finish(h, own, block);
+      }
+    });
+    for (SummaryBlock* block : blocks) block->turn();
+    blocks.clear();
+  }
 }
 
 // Summaries of the full pages that have none yet, for a pass over these rows.
