@@ -18,7 +18,8 @@ class PageTopK:
     A page's bound is the largest score that any key within its per-channel bounds could have (Quest, 2406.10774,
     section 3.2). The bounds are kept in memory in 4 bits, at most 2 % of the cache: of groups of 16 tokens where it is
     not quantised, of 32 for int8, of 64 for int4. One choice per kv head, over all its queries: a page counts by the
-    query that it matters most to. Formulas: :func:`torch_csd.reference.page_top_k`.
+    query that it matters most to. Formulas: :func:`torch_csd.reference.page_top_k`, by a sketch
+    :func:`torch_csd.reference.page_sketch`.
 
     Args:
         fraction: of the row's pages that are attended to, in (0, 1]; rounded up to whole pages.

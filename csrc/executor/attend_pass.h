@@ -178,10 +178,11 @@ class AttendPass : public PageConsumer {
 
   void consume(int worker, const PageUse& use, const uint8_t* bytes) override;
 
-  // Merges the workers' partials of a query, for now: its maximum and sum.
+  // Maximum and sum of a query over what was consumed so far, all workers together; the partials stay as they
+  // are.
   SoftmaxState state(int64_t row, int64_t h, int64_t m) const;
   // What stands for the tokens that were left out, for each query: the log of the sum of their exponentials,
-  // and the mean of their values. lse is of the others.
+  // and the mean of their values.
   struct Rest {
     const float* log_masses;  // [rows][num_kv_heads][queries_per_head]; minus infinity: nothing
     const float* values;      // [rows][num_kv_heads][queries_per_head][head_dim_v]

@@ -855,7 +855,8 @@ void Drive::attend_sparse(int64_t layer_id, int64_t epoch, AttendRequest request
 // those go, a few at a call, and without waiting for the drive.
 void Drive::make_room_for_tiles() {
   try {
-    settle_writes();
+    writer_->reap(
+        false);  // not settle_writes(): what failed is the next append's to say, not this attention's
     int64_t wanted = write_window();
     while (wanted > 0 && writer_->pending_bytes() < write_window() && candidates_.next() != nullptr) {
       const int64_t bytes = candidates_.next()->page_bytes();
@@ -864,7 +865,7 @@ void Drive::make_room_for_tiles() {
     }
     writer_->flush();
   } catch (const Error& error) {
-    // No space to write to: what is in memory stays there. Other errors wait for the next append.
+    // No space to write to: what is in memory stays there.
     if (error.kind() != ErrorKind::kNoSpace) throw;
   }
 }

@@ -141,7 +141,7 @@ def open_store(
                 store.sparse = case.sparse
         fill(store, k, v)
         query = torch.randn(1, k.shape[1], 1, k.shape[3]).to(k.dtype)
-        for case in group:  # what was not kept from the beginning is made up for now
+        for case in group:  # builds what only a part of the cases had kept, before anything is timed
             store.attend(0, query, sparse=case.sparse)
     except BaseException:
         store.close()

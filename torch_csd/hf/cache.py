@@ -146,13 +146,13 @@ class StorageCache(DynamicCache):
             simd=simd,
             max_bytes=max_bytes,
             checksums=checksums,
-            sparse=sparse,
         )
         try:
             _check_model(name, store.metadata, config, fingerprint)
             cache = cls.__new__(cls)
             cache._make_layers(config, store)
             cache._take_up()
+            cache.sparse = sparse  # now that the layers are known that stay exact
         except BaseException:
             store.close()
             raise
