@@ -497,6 +497,28 @@ def test_what_is_read_is_the_tiles_that_were_chosen(make_store, io_engine, kind,
     assert read < kv_len * PAGE * page / 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_that_begin_while_others_are_chosen_read_no_more(make_store, io_engine, kind):
+    # With few heads known the gaps between reads are wider: fewer of them are read through. Nothing is read twice but
+    # blocks in which a tile of one head ends and that of the next one begins: in the two pages that all heads want.
+    head_dim, kv_len = 128, 64 * 270 + 10
+    q, k, v = planted(kv_len=kv_len, head_dim=head_dim, pages=40)
+    sparse = PageTopK(tokens=44 * PAGE)
+    same = {"kv_dtype": kind, "resident": False, "memory_budget": "64MiB", "threads": 2, "io_engine": io_engine}
+    stores = [make_store(**same, sparse=sparse, read_ahead=read_ahead) for read_ahead in (0, None)]
+    results = []
+    for store in stores:
+        fill(store, k, v)
+        outs: list[torch.Tensor] = []
+        results.append((bytes_read(store, lambda store=store, outs=outs: outs.extend(store.attend(0, q))), *outs))
+    (at_once, *expected), (begun, *actual) = results
+    assert 0 < begun <= at_once + 2 * 3 * BLOCK
+    for left, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)  # other workers, another order of sums
+    ahead = stores[1].stats()
+    assert 0 < ahead["read_ahead_bytes"] and ahead["read_ahead_wasted_bytes"] < ahead["read_ahead_bytes"]
+
+
 @pytest.mark.parametrize("step1", ["channels", "sketch"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_sparf_reads_is_channels_and_then_tiles(make_store, kind, step1):

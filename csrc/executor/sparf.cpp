@@ -189,7 +189,9 @@ class SparF : public PageConsumer, public TokenChoice {
     for (const PageUse& use : pass_.rules().uses(block_)) row_of(use).pages.push_back(use);
     for (int64_t row = 0; row < block_.row_count; ++row) step_one(row);
     pass_.choose(this);
-    run_chosen(context_, layer_, step_two_uses(), worker_count_, compute_weight(block_, heads_.group), this);
+    ChosenUses chosen(context_, layer_);
+    chosen.add(step_two_uses());
+    chosen.run(worker_count_, compute_weight(block_, heads_.group), this);
     if (!sparse_.mean_value) {
       pass_.finish();
       return;
@@ -358,7 +360,9 @@ class SparF : public PageConsumer, public TokenChoice {
     }
     PassContext context = context_;
     context.tiles = nullptr;
-    run_chosen(context, layer_, std::move(uses), workers, compute_weight(block_, heads_.group), step);
+    ChosenUses chosen(context, layer_);
+    chosen.add(std::move(uses));
+    chosen.run(workers, compute_weight(block_, heads_.group), step);
   }
 
   void choose(int64_t row, int64_t head_begin, int64_t head_end, int workers, StepOne* step) {

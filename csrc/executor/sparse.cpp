@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -39,9 +40,10 @@ struct Candidates {
   std::vector<uint8_t> always;  // [pages]
   int64_t always_count = 0;
   std::vector<float> values;  // [choices][pages], greater is better
-  // [num_kv_heads][queries_per_head][pages], logs, where they are known: the sum of the exponentials of a
-  // page's scores (or what bounds allow of it), and how much of it would go to wrong tokens if the page's
-  // went to all of its tokens alike.
+  // [num_kv_heads][queries_per_head][pages], where they are known: what bounds allow of the scores; in logs,
+  // the sum of the exponentials of a page's scores (or what bounds allow of it), and how much of it would go
+  // to wrong tokens if the page's went to all of its tokens alike.
+  std::vector<float> bounds;
   std::vector<float> masses;
   std::vector<float> errors;
 
@@ -67,7 +69,6 @@ class Bounds {
   Bounds(const PassContext& context, const Layer& layer, const AttendRequest& request, const AttendPass& pass,
          SummaryKind kind)
       : kernels_(*context.kernels),
-        pool_(*context.pool),
         layer_(layer),
         request_(request),
         pass_(pass),
@@ -75,59 +76,42 @@ class Bounds {
         shape_(layer.geometry, kind),
         heads_(layer.geometry, request.num_heads) {}
 
-  // values: one set for each heads_per_choice kv heads. with_masses, with_errors: these, too.
-  void score(int64_t heads_per_choice, bool with_masses, bool with_errors, Candidates* candidates) const {
+  // Room for what score() and rate() find. with_masses, with_errors: these, too.
+  void prepare(int64_t choice_count, bool with_masses, bool with_errors, Candidates* candidates) const {
     const int64_t count = candidates->count();
-    const int64_t choice_count = (heads_.num_kv_heads + heads_per_choice - 1) / heads_per_choice;
-    candidates->values.assign(static_cast<size_t>(choice_count * count), -kInfinity);
     const auto size = static_cast<size_t>(heads_.num_kv_heads * pass_.queries_per_head() * count);
-    if (with_masses) candidates->masses.assign(size, kInfinity);  // of pages that are not summarised
+    candidates->values.assign(static_cast<size_t>(choice_count * count), -kInfinity);
+    // What is not summarised may matter as much as it likes.
+    if (kind_ == SummaryKind::kBounds) candidates->bounds.assign(size, kInfinity);
+    if (with_masses) candidates->masses.assign(size, kInfinity);
     if (with_errors) candidates->errors.assign(size, kInfinity);
-    std::atomic<int64_t> next{0};
-    const int workers = static_cast<int>(std::clamp<int64_t>(
-        count * shape_.members_per_page * heads_.num_kv_heads / 4096, 1, pool_.worker_count()));
-    // On own threads before the drive is read: lent ones would spin beside those that wait for it.
-    const bool in_memory = std::all_of(candidates->pages.begin(), candidates->pages.end(),
-                                       [](const PageUse& use) { return use.page->memory != nullptr; });
-    const auto task = [&](int) {
-      for (int64_t choice = next++; choice < choice_count; choice = next++) {
-        const int64_t head_end = std::min(heads_.num_kv_heads, (choice + 1) * heads_per_choice);
-        for (int64_t h = choice * heads_per_choice; h < head_end; ++h) {
-          score_head(h, candidates, candidates->values.data() + choice * count);
-        }
-      }
-    };
-    if (in_memory) {
-      pool_.compute(workers, task);
+  }
+
+  // Pages [begin, end) for the queries of one kv head.
+  void score(int64_t h, int64_t begin, int64_t end, Candidates* candidates) const {
+    float* masses = of_head(h, &candidates->masses, *candidates);
+    if (kind_ == SummaryKind::kSketch) {
+      weigh_pages(h, begin, end, *candidates, masses, of_head(h, &candidates->errors, *candidates));
     } else {
-      pool_.run(workers, task);
+      float* bounds = of_head(h, &candidates->bounds, *candidates);
+      bound_pages(h, begin, end, *candidates, bounds, masses);
+      apply_rules(h, begin, end, candidates, bounds, masses);
     }
   }
 
- private:
-  // Raises values[i] to what page i matters to the query of this kv head that it matters most to: its bound,
-  // relative to all bounds (in logs: the share that it would have of a softmax over them). Where a sketch
-  // weighs pages, its mass or error relative to all masses.
-  void score_head(int64_t h, Candidates* candidates, float* values) const {
+  // Once all pages are scored: raises values[i] to what page i matters to the query of this kv head that it
+  // matters most to: its bound, relative to all bounds (in logs: the share that it would have of a softmax
+  // over them). Where a sketch weighs pages, its mass or error relative to all masses.
+  void rate(int64_t h, Candidates* candidates, float* values) const {
     const int64_t count = candidates->count();
-    const int64_t queries = pass_.queries_per_head();
-    std::vector<float> own_bounds;
-    const auto of_head = [&](std::vector<float>& all) {
-      return all.empty() ? nullptr : all.data() + h * queries * count;
-    };
-    float* masses = of_head(candidates->masses);
-    float* errors = of_head(candidates->errors);
-    float* scores = errors != nullptr ? errors : masses;
-    if (kind_ == SummaryKind::kSketch) {
-      weigh_pages(h, *candidates, masses, errors);
-    } else {
-      own_bounds.assign(static_cast<size_t>(queries * count), kInfinity);
-      scores = own_bounds.data();
-      bound_pages(h, *candidates, scores, masses);
-      apply_rules(h, candidates, scores, masses);
-    }
-    const float* weights = kind_ == SummaryKind::kSketch ? masses : scores;
-    for (int64_t m = 0; m < queries; ++m) {
+    float* masses = of_head(h, &candidates->masses, *candidates);
+    float* errors = of_head(h, &candidates->errors, *candidates);
+    const bool sketch = kind_ == SummaryKind::kSketch;
+    const float* scores = !sketch             ? of_head(h, &candidates->bounds, *candidates)
+                          : errors != nullptr ? errors
+                                              : masses;
+    const float* weights = sketch ? masses : scores;
+    for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
       const float* own = scores + m * count;
       const float base = candidates->log_sum(weights + m * count);
       for (int64_t i = 0; i < count; ++i) {
@@ -137,15 +121,21 @@ class Bounds {
     }
   }
 
+ private:
+  float* of_head(int64_t h, std::vector<float>* all, const Candidates& candidates) const {
+    return all->empty() ? nullptr : all->data() + h * pass_.queries_per_head() * candidates.count();
+  }
+
   // masses, errors [queries][pages]: see Candidates; as a sketch has the scores. errors may be null.
-  void weigh_pages(int64_t h, const Candidates& candidates, float* masses, float* errors) const {
+  void weigh_pages(int64_t h, int64_t begin, int64_t end, const Candidates& candidates, float* masses,
+                   float* errors) const {
     const int64_t count = candidates.count();
     const int64_t queries = pass_.queries_per_head();
     const float* q = pass_.queries(candidates.row, h);
     const PageLayout full = shape_.full();
     alignas(64) float scores[kQueryBlock * kPageTokens];
     ScoreModifier modifiers[kQueryBlock];
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const PageUse& page = candidates.pages[static_cast<size_t>(i)];
       const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(kind_);
       if (page.index >= summary.end_page) break;
@@ -175,7 +165,8 @@ class Bounds {
   }
 
   // bounds, masses [queries][pages]: of the scores' maximum, and of the log of the sum of their exponentials.
-  void bound_pages(int64_t h, const Candidates& candidates, float* bounds, float* masses) const {
+  void bound_pages(int64_t h, int64_t pages_begin, int64_t pages_end, const Candidates& candidates,
+                   float* bounds, float* masses) const {
     const int64_t count = candidates.count();
     const int64_t queries = pass_.queries_per_head();
     const int64_t width = layer_.geometry.head_dim_k;
@@ -188,13 +179,13 @@ class Bounds {
     const float group_mass = std::log(static_cast<float>(kPageTokens / members));
     alignas(64) float centres[kQueryBlock * kPageTokens];
     alignas(64) float radii[kQueryBlock * kPageTokens];
-    for (int64_t i = 0; i < count;) {
+    for (int64_t i = pages_begin; i < pages_end;) {
       const PageUse& first = candidates.pages[static_cast<size_t>(i)];
       const RowSummary& summary = layer_.rows[static_cast<size_t>(first.row)].summary(SummaryKind::kBounds);
       if (first.index >= summary.end_page) break;
       const int64_t block_index = first.index / shape_.pages_per_block();
       int64_t end = i + 1;
-      while (end < count && candidates.pages[static_cast<size_t>(end)].index < summary.end_page &&
+      while (end < pages_end && candidates.pages[static_cast<size_t>(end)].index < summary.end_page &&
              candidates.pages[static_cast<size_t>(end)].index / shape_.pages_per_block() == block_index) {
         end++;
       }
@@ -236,12 +227,13 @@ class Bounds {
   }
 
   // What masks and ALiBi add at most; minus infinity for pages that a query does not see.
-  void apply_rules(int64_t h, Candidates* candidates, float* bounds, float* masses) const {
+  void apply_rules(int64_t h, int64_t begin, int64_t end, Candidates* candidates, float* bounds,
+                   float* masses) const {
     const bool plain = request_.mask.kind == MaskKind::kNone && request_.alibi_slopes == nullptr &&
                        request_.q_len == 1 && request_.window == 0;
     if (plain) return;
     const int64_t count = candidates->count();
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t index = candidates->pages[static_cast<size_t>(i)].index;
       Rules::BiasRow bias = pass_.rules().bias(candidates->row, index);
       for (int64_t m = 0; m < pass_.queries_per_head(); ++m) {
@@ -263,7 +255,6 @@ class Bounds {
   }
 
   const Kernels& kernels_;
-  ThreadPool& pool_;
   const Layer& layer_;
   const AttendRequest& request_;
   const AttendPass& pass_;
@@ -292,20 +283,18 @@ class PageSelection {
 
   void run() {
     find_candidates();
-    const int64_t rounds_max = sparse_.kind == SparseKind::kAdaptive ? 64 : 1;
-    for (int64_t round = 0; round < rounds_max; ++round) {
-      const std::vector<PageUse> uses = next_uses(round);
-      if (uses.empty()) break;
-      masses_.resize(static_cast<size_t>(next_slot_ * pass_.queries_per_head()), -kInfinity);
-      pass_.record(masses_.data());
-      run_chosen(context_, layer_, uses, worker_count_, compute_weight(block_, heads_.group), &pass_);
-      estimate();
+    {
+      ChosenUses chosen(context_, layer_);
+      choose(&chosen);
+      if (has_means()) find_rest(&chosen);
+      attend(&chosen);
     }
+    if (sparse_.kind == SparseKind::kAdaptive) read_more();
     if (!has_means()) {
       pass_.finish();
       return;
     }
-    find_rest();
+    find_rest(nullptr);
     const AttendPass::Rest rest{rest_masses_.data(), rest_values_.data()};
     pass_.finish(&rest);
   }
@@ -319,6 +308,7 @@ class PageSelection {
     std::vector<int32_t> order;  // pages, the best first; those that are always read are not among them
     int64_t unknown = 0;         // of order, at its begin: what their keys may do has no bound
     int64_t taken = 0;           // of order
+    int64_t taken_of_rest = -1;  // when its rest was found
     bool done = false;
   };
 
@@ -330,20 +320,102 @@ class PageSelection {
     for (const PageUse& use : uses) {
       rows_[static_cast<size_t>(use.row - request_.span.row_begin - block_.row_begin)].pages.push_back(use);
     }
-    const Bounds bounds(context_, layer_, request_, pass_, kind_);
     for (Candidates& row : rows_) {
       if (row.pages.empty()) continue;
       mark_always(&row);
-      bounds.score(sparse_.heads_per_choice, knows_masses(), has_means(), &row);
       slots_[static_cast<size_t>(row.row)].assign(static_cast<size_t>(row.count() * heads_.num_kv_heads), -1);
-      for (int64_t h = 0, number = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice, ++number) {
+      for (int64_t h = 0; h < heads_.num_kv_heads; h += sparse_.heads_per_choice) {
         Choice choice;
         choice.candidates = &row;
         choice.head_begin = h;
         choice.head_end = std::min(heads_.num_kv_heads, h + sparse_.heads_per_choice);
-        order(row, row.values.data() + number * row.count(), &choice);
         choices_.push_back(std::move(choice));
       }
+    }
+  }
+
+  // Scores all pages, in pieces; whoever scores the last one of a choice makes it, and has what was chosen
+  // read while the pieces of the next ones are scored.
+  void choose(ChosenUses* chosen) {
+    const Bounds bounds(context_, layer_, request_, pass_, kind_);
+    struct Piece {
+      size_t choice;
+      int64_t head;
+      int64_t begin;
+      int64_t end;
+    };
+    std::vector<Piece> pieces;
+    std::vector<std::atomic<int>> left(choices_.size());  // pieces of each choice
+    int64_t members = 0;
+    bool in_memory = true;
+    for (Candidates& row : rows_) {
+      if (row.pages.empty()) continue;
+      bounds.prepare(choices_per_row(), knows_masses(), has_means(), &row);
+      members += row.count() * shape_.members_per_page * heads_.num_kv_heads;
+      in_memory = in_memory && std::all_of(row.pages.begin(), row.pages.end(),
+                                           [](const PageUse& use) { return use.page->memory != nullptr; });
+    }
+    for (size_t i = 0; i < choices_.size(); ++i) {
+      const int64_t count = choices_[i].candidates->count();
+      for (int64_t h = choices_[i].head_begin; h < choices_[i].head_end; ++h) {
+        for (int64_t begin = 0; begin < count; begin += kPagesPerPiece) {
+          pieces.push_back({i, h, begin, std::min(count, begin + kPagesPerPiece)});
+          left[i]++;
+        }
+      }
+    }
+    std::mutex mutex;  // of what the choices share: slots, and what is read
+    std::atomic<size_t> next{0};
+    const auto task = [&](int) {
+      for (size_t i = next++; i < pieces.size(); i = next++) {
+        const Piece& piece = pieces[i];
+        Choice* choice = &choices_[piece.choice];
+        Candidates* row = choice->candidates;
+        bounds.score(piece.head, piece.begin, piece.end, row);
+        if (--left[piece.choice] > 0) continue;
+        float* values = row->values.data() + choice->head_begin / sparse_.heads_per_choice * row->count();
+        for (int64_t h = choice->head_begin; h < choice->head_end; ++h) bounds.rate(h, row, values);
+        order(*row, values, choice);
+        const int64_t more = batch_pages(*row, *choice);
+        std::lock_guard<std::mutex> lock(mutex);
+        std::vector<PageUse> uses;
+        for (int64_t page = 0; page < row->count(); ++page) {
+          if (row->always[static_cast<size_t>(page)] != 0) add_use(*choice, page, &uses);
+        }
+        take(more, choice, &uses);
+        chosen->add(std::move(uses));
+        chosen->read_on();
+      }
+    };
+    const int workers =
+        static_cast<int>(std::clamp<int64_t>(members / 4096, 1, context_.pool->worker_count()));
+    // On own threads before the drive is read: lent ones would spin beside those that wait for it.
+    if (in_memory) {
+      context_.pool->compute(workers, task);
+    } else {
+      context_.pool->run(workers, task);
+    }
+  }
+
+  // Attends to what was chosen, and looks what is left.
+  void attend(ChosenUses* chosen) {
+    masses_.resize(static_cast<size_t>(next_slot_ * pass_.queries_per_head()), -kInfinity);
+    pass_.record(masses_.data());
+    chosen->run(worker_count_, compute_weight(block_, heads_.group), &pass_);
+    estimate();
+  }
+
+  // Adaptive choices: until little enough is left.
+  void read_more() {
+    for (int round = 1; round < kRoundsMax; ++round) {
+      std::vector<PageUse> uses;
+      for (Choice& choice : choices_) {
+        if (!choice.done) take(batch_pages(*choice.candidates, choice), &choice, &uses);
+      }
+      if (uses.empty()) return;
+      ChosenUses chosen(context_, layer_);
+      chosen.add(std::move(uses));
+      attend(&chosen);
     }
   }
 
@@ -396,40 +468,19 @@ class PageSelection {
     return std::max(choice.unknown, wanted - row.always_count);
   }
 
-  // What each choice takes next.
-  std::vector<PageUse> next_uses(int64_t round) {
-    std::vector<std::vector<uint8_t>> wanted(rows_.size());  // [pages][num_kv_heads]
-    for (const Candidates& row : rows_) {
-      wanted[static_cast<size_t>(row.row)].assign(static_cast<size_t>(row.count() * heads_.num_kv_heads), 0);
+  int64_t choices_per_row() const {
+    return (heads_.num_kv_heads + sparse_.heads_per_choice - 1) / sparse_.heads_per_choice;
+  }
+
+  // The next of the best pages.
+  void take(int64_t count, Choice* choice, std::vector<PageUse>* uses) {
+    const int64_t left = static_cast<int64_t>(choice->order.size()) - choice->taken;
+    const int64_t more = std::min(left, count);
+    for (int64_t i = 0; i < more; ++i) {
+      add_use(*choice, choice->order[static_cast<size_t>(choice->taken + i)], uses);
     }
-    bool any = false;
-    for (Choice& choice : choices_) {
-      if (choice.done) continue;
-      const Candidates& row = *choice.candidates;
-      std::vector<uint8_t>& of_row = wanted[static_cast<size_t>(row.row)];
-      const auto want = [&](int64_t page) {
-        any = true;
-        for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
-          of_row[static_cast<size_t>(page * heads_.num_kv_heads + h)] = 1;
-        }
-      };
-      if (round == 0) {
-        for (int64_t i = 0; i < row.count(); ++i) {
-          if (row.always[static_cast<size_t>(i)] != 0) want(i);
-        }
-      }
-      const int64_t left = static_cast<int64_t>(choice.order.size()) - choice.taken;
-      const int64_t more = std::min(left, batch_pages(row, choice));
-      for (int64_t i = 0; i < more; ++i) want(choice.order[static_cast<size_t>(choice.taken + i)]);
-      choice.taken += more;
-      choice.done = sparse_.kind != SparseKind::kAdaptive || more == left;
-    }
-    std::vector<PageUse> uses;
-    if (!any) return uses;
-    for (const Candidates& row : rows_) {
-      for (int64_t i = 0; i < row.count(); ++i) add_uses(row, i, wanted[static_cast<size_t>(row.row)], &uses);
-    }
-    return uses;
+    choice->taken += more;
+    choice->done = sparse_.kind != SparseKind::kAdaptive || more == left;
   }
 
   // The first batch of an adaptive choice is 1/128 of the row, or what a sketch says; each other one doubles
@@ -465,34 +516,30 @@ class PageSelection {
   }
 
   // What heads choose together is one use, so that it can be kept and found again.
-  void add_uses(const Candidates& row, int64_t i, const std::vector<uint8_t>& wanted,
-                std::vector<PageUse>* uses) {
+  void add_use(const Choice& choice, int64_t i, std::vector<PageUse>* uses) {
     const int64_t head_count = heads_.num_kv_heads;
+    const Candidates& row = *choice.candidates;
     const PageUse& page = row.pages[static_cast<size_t>(i)];
-    const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
     const RowSummary& summary = layer_.rows[static_cast<size_t>(page.row)].summary(kind_);
+    int32_t* slots = slots_[static_cast<size_t>(row.row)].data() + i * head_count;
+    if (slots[choice.head_begin] >= 0) return;  // a whole page, which another choice wanted, too
     // Of a page without a summary all heads want everything, and no checksums of its tiles are known.
     const bool summarised = page.index < summary.end_page;
-    const int64_t together = summarised ? sparse_.heads_per_choice : head_count;
-    for (int64_t h = 0; h < head_count; h += together) {
-      if (wanted[static_cast<size_t>(i * head_count + h)] == 0) continue;
-      const int64_t end = std::min(head_count, h + together);
-      PageUse use = page;
-      if (h > 0 || end < head_count) {
-        use.begin = static_cast<int32_t>(h * tile_bytes);
-        use.end = static_cast<int32_t>(end * tile_bytes);
-        use.tile_count = static_cast<int32_t>(end - h);
-        const int64_t block = page.index / shape_.pages_per_block();
-        const int64_t place = page.index % shape_.pages_per_block() * head_count + h;
-        use.checksums = summary.block(block)->checksums.data() + place;
-      }
-      use.slot = static_cast<int32_t>(next_slot_);
-      for (int64_t head = h; head < end; ++head) {
-        slots_[static_cast<size_t>(row.row)][static_cast<size_t>(i * head_count + head)] =
-            static_cast<int32_t>(next_slot_++);
-      }
-      uses->push_back(use);
+    const int64_t begin = summarised ? choice.head_begin : 0;
+    const int64_t end = summarised ? choice.head_end : head_count;
+    PageUse use = page;
+    if (begin > 0 || end < head_count) {
+      const int64_t tile_bytes = layouts_.of(*page.page).tile_bytes();
+      use.begin = static_cast<int32_t>(begin * tile_bytes);
+      use.end = static_cast<int32_t>(end * tile_bytes);
+      use.tile_count = static_cast<int32_t>(end - begin);
+      const int64_t block = page.index / shape_.pages_per_block();
+      const int64_t place = page.index % shape_.pages_per_block() * head_count + begin;
+      use.checksums = summary.block(block)->checksums.data() + place;
     }
+    use.slot = static_cast<int32_t>(next_slot_);
+    for (int64_t head = begin; head < end; ++head) slots[head] = static_cast<int32_t>(next_slot_++);
+    uses->push_back(use);
   }
 
   // What is left out, as a share of the whole: as many pages as are left out, each with the mean mass of the
@@ -575,21 +622,36 @@ class PageSelection {
                             : kSketchErrorMin;
   }
 
-  // For every query: what the pages that were not read weigh together, and the mean of their values.
-  void find_rest() {
+  // For every query: what the pages that were not read weigh together, and the mean of their values. Where a
+  // choice has taken no more since the last time, that stands. chosen: what is read meanwhile; may be null.
+  void find_rest(ChosenUses* chosen) {
     const int64_t queries = pass_.queries_per_head();
-    const int64_t width = layer_.geometry.head_dim_v;
     const auto count = static_cast<size_t>(block_.row_count * heads_.num_kv_heads * queries);
-    rest_masses_.assign(count, -kInfinity);
-    rest_values_.assign(count * static_cast<size_t>(width), 0.0f);
+    rest_masses_.resize(count, -kInfinity);
+    rest_values_.resize(count * static_cast<size_t>(layer_.geometry.head_dim_v), 0.0f);
+    struct Query {
+      const Choice* choice;
+      int64_t head;
+      int64_t number;
+    };
+    std::vector<Query> changed;
+    for (Choice& choice : choices_) {
+      if (choice.taken_of_rest == choice.taken) continue;
+      choice.taken_of_rest = choice.taken;
+      for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
+        for (int64_t m = 0; m < queries; ++m) changed.push_back({&choice, h, m});
+      }
+    }
+    if (changed.empty()) return;
+    std::mutex mutex;
     std::atomic<size_t> next{0};
-    const int workers = std::clamp<int>(static_cast<int>(choices_.size()), 1, context_.pool->worker_count());
+    const int workers = std::clamp<int>(static_cast<int>(changed.size()), 1, context_.pool->worker_count());
     context_.pool->run(workers, [&](int) {
-      for (size_t i = next++; i < choices_.size(); i = next++) {
-        const Choice& choice = choices_[i];
-        for (int64_t h = choice.head_begin; h < choice.head_end; ++h) {
-          for (int64_t m = 0; m < queries; ++m) add_rest(choice, h, m);
-        }
+      for (size_t i = next++; i < changed.size(); i = next++) {
+        add_rest(*changed[i].choice, changed[i].head, changed[i].number);
+        if (chosen == nullptr) continue;
+        std::lock_guard<std::mutex> lock(mutex);
+        chosen->read_on();
       }
     });
   }
@@ -605,11 +667,13 @@ class PageSelection {
     for (int64_t i = choice.taken; i < size; ++i) {
       top = std::max(top, masses[choice.order[static_cast<size_t>(i)]]);
     }
+    rest_masses_[static_cast<size_t>(query)] = -kInfinity;
     if (!std::isfinite(top)) return;
     const RowSummary& values =
         layer_.rows[static_cast<size_t>(row.pages.front().row)].summary(SummaryKind::kValues);
     const int64_t per_block = SummaryShape(layer_.geometry, SummaryKind::kValues).pages_per_block();
     float* mean = rest_values_.data() + query * width;
+    std::fill_n(mean, width, 0.0f);
     float sum = 0.0f;
     for (int64_t i = choice.taken; i < size; ++i) {
       const int32_t page = choice.order[static_cast<size_t>(i)];
@@ -630,6 +694,8 @@ class PageSelection {
   // Pages that are left out count with the mean of their values.
   bool has_means() const { return sparse_.sketch && sparse_.mean_value; }
 
+  static constexpr int64_t kPagesPerPiece = 128;
+  static constexpr int kRoundsMax = 64;
   static constexpr int64_t kFirstBatchPages = 4;
   static constexpr float kSketchErrorMin = 0.01f;  // where pages that were read say less
 
@@ -665,20 +731,43 @@ std::vector<SummaryKind> summary_kinds(const SparseRequest& sparse) {
   return kinds;
 }
 
-void run_chosen(const PassContext& context, const Layer& layer, std::vector<PageUse> uses, int worker_count,
-                int64_t weight, PageConsumer* pass) {
-  if (context.tiles != nullptr) context.tiles->serve(&uses);
-  PageStream& stream = *context.stream;
+void ChosenUses::add(std::vector<PageUse> uses) {
+  if (context_.tiles != nullptr) context_.tiles->serve(&uses);
+  uses_.insert(uses_.end(), uses.begin(), uses.end());
+  for (const PageUse& use : uses) {
+    if (!use.in_memory()) added_.push_back(use);
+  }
+}
+
+void ChosenUses::read_on() {
+  if (context_.ahead == nullptr) return;
+  PageStream& stream = *context_.stream;
+  if (!added_.empty()) {
+    stream.fit(page_bytes_);
+    // Planned anew with what was not begun: neighbours that another choice added are one read.
+    for (auto i = static_cast<size_t>(next_read_); i < plan_.reads.size(); ++i) {
+      const ReadRun& run = plan_.reads[i];
+      added_.insert(added_.end(), plan_.drive_uses.begin() + run.use_begin,
+                    plan_.drive_uses.begin() + run.use_end);
+    }
+    plan_ = make_plan(added_, stream.read_bytes_max(page_bytes_), stream.staged(), kGapBytes);
+    next_read_ = 0;
+    added_.clear();
+  }
+  next_read_ = stream.read_ahead(plan_, next_read_);
+}
+
+void ChosenUses::run(int worker_count, int64_t weight, PageConsumer* pass) {
+  PageStream& stream = *context_.stream;
   const bool in_memory =
-      std::all_of(uses.begin(), uses.end(), [](const PageUse& use) { return use.in_memory(); });
-  const int64_t page_bytes = layer.geometry.full_precision().page_bytes();
-  if (!in_memory) stream.fit(page_bytes);
+      std::all_of(uses_.begin(), uses_.end(), [](const PageUse& use) { return use.in_memory(); });
+  if (!in_memory) stream.fit(page_bytes_);
   Plan plan =
-      make_plan(uses, stream.read_bytes_max(page_bytes), in_memory ? nullptr : stream.staged(), kGapBytes);
-  plan.layer = layer.number;
+      make_plan(uses_, stream.read_bytes_max(page_bytes_), in_memory ? nullptr : stream.staged(), kGapBytes);
+  plan.layer = layer_.number;
   int64_t bytes = 0;
-  for (const PageUse& use : uses) bytes += use.bytes();
-  const int64_t mean_bytes = bytes / std::max<int64_t>(1, static_cast<int64_t>(uses.size()));
+  for (const PageUse& use : uses_) bytes += use.bytes();
+  const int64_t mean_bytes = bytes / std::max<int64_t>(1, static_cast<int64_t>(uses_.size()));
   stream.run(plan, nullptr, mean_bytes, weight, worker_count, pass);
 }
 

@@ -41,8 +41,28 @@ void attend_sparse(const PassContext& context, const Layer& layer, const AttendR
 void attend_sparf(const PassContext& context, const Layer& layer, const AttendRequest& request,
                   const SparseRequest& sparse, const Block& block, int worker_count);
 
-// Brings chosen bytes to a pass. Nothing is read ahead: what the next layer's queries want is not known.
-void run_chosen(const PassContext& context, const Layer& layer, std::vector<PageUse> uses, int worker_count,
-                int64_t weight, PageConsumer* pass);
+// Brings chosen bytes to a pass. Reads of those that are added may go on while others are still being chosen.
+// Not thread-safe.
+class ChosenUses {
+ public:
+  ChosenUses(const PassContext& context, const Layer& layer)
+      : context_(context), layer_(layer), page_bytes_(layer.geometry.full_precision().page_bytes()) {}
+
+  void add(std::vector<PageUse> uses);
+  // Begins as many reads of what was added as there is room for, and waits for none. Nothing where nothing is
+  // to be read ahead.
+  void read_on();
+  // Once, when everything is added.
+  void run(int worker_count, int64_t weight, PageConsumer* pass);
+
+ private:
+  const PassContext& context_;
+  const Layer& layer_;
+  const int64_t page_bytes_;
+  std::vector<PageUse> uses_;
+  std::vector<PageUse> added_;  // of uses_, since the plan was made
+  Plan plan_;                   // of what had not been begun then
+  int64_t next_read_ = 0;       // of it
+};
 
 }  // namespace csd

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <limits>
 #include <optional>
 
 #include "base/checksum.h"
@@ -18,6 +19,16 @@ constexpr int64_t kReadBytes = int64_t{1}
 constexpr int64_t kWakeBytes = int64_t{512}
                                << 10;  // arithmetic on less than this is over before a thread wakes
 constexpr int64_t kDepthMax = 1024;    // of one worker's queue
+
+// Reads of chosen tiles are of some 10 to 64 KiB. A slot each, they would leave most of the staging memory
+// empty, so that few of them could be on their way while the next ones are chosen.
+constexpr int64_t kPartsPerSlot = 16;
+constexpr int64_t kSplitSlotsMax = 64;
+
+// Reads in flight while others are chosen. The drive takes 50 to 100 small ones in a millisecond, and that is
+// what choosing for a few heads lasts; a virtio drive's ring has 256 places, and io_uring hands what finds
+// none to a thread of the kernel.
+constexpr int kAheadInFlightMax = 128;
 
 // Memory pages a worker takes at once. What is fetched ahead ends with them, so the first tile of every claim
 // comes from memory at a fifth of the rate; the last claims bound how long workers wait for one another.
@@ -67,11 +78,11 @@ struct PageStream::Worker {
 };
 
 struct PageStream::Pass {
-  const Plan* plan;
-  const Plan* next;
-  int worker_count;
-  int64_t pages_per_claim;
-  PageConsumer* consumer;
+  const Plan* plan = nullptr;
+  const Plan* next = nullptr;
+  int worker_count = 0;
+  int64_t pages_per_claim = 0;
+  PageConsumer* consumer = nullptr;
   std::atomic<int64_t> next_read{0};
   std::atomic<int64_t> next_ahead{0};
   std::atomic<int64_t> next_memory_use{0};
@@ -130,9 +141,15 @@ void PageStream::resize(int64_t staging_bytes) {
 
 void PageStream::divide(int64_t slot_bytes) {
   slot_bytes_ = slot_bytes;
-  slots_ = std::vector<Slot>(static_cast<size_t>(staging_bytes_ / slot_bytes_));
+  parts_per_slot_ = std::clamp<int64_t>(slot_bytes_ / kBlockBytes, 1, kPartsPerSlot);
+  part_bytes_ = slot_bytes_ / parts_per_slot_ / kBlockBytes * kBlockBytes;
+  const int64_t split_max = parts_per_slot_ > 1 ? std::min(whole_count(), kSplitSlotsMax) : 0;
+  slots_ = std::vector<Slot>(static_cast<size_t>(whole_count() + split_max * parts_per_slot_));
   free_.clear();
-  for (int slot = static_cast<int>(slots_.size()); slot-- > 0;) free_.push_back(slot);
+  for (int slot = static_cast<int>(whole_count()); slot-- > 0;) free_.push_back(slot);
+  free_parts_.clear();
+  free_part_count_.assign(static_cast<size_t>(split_max), -1);
+  unused_split_count_ = 0;
   landed_.clear();
   landed_.reserve(slots_.size());
 }
@@ -155,11 +172,69 @@ void PageStream::prepare(int worker_count) {
   }
 }
 
-int PageStream::take(std::vector<int>* slots) {
+int PageStream::whole_of(int slot) const {
+  const auto whole = static_cast<int>(whole_count());
+  return slot < whole ? slot : (slot - whole) / static_cast<int>(parts_per_slot_);
+}
+
+uint8_t* PageStream::memory_of(int slot) const {
+  const int64_t part = slot - whole_count();
+  return staging_ + slot_bytes_ * whole_of(slot) + (part < 0 ? 0 : part % parts_per_slot_ * part_bytes_);
+}
+
+// A slot for a read of so many bytes; -1: none is free.
+int PageStream::take_free(int64_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (slots->empty()) return -1;
-  const int slot = slots->back();
-  slots->pop_back();
+  if (bytes <= part_bytes_ && (!free_parts_.empty() || split_one())) {
+    const int slot = free_parts_.back();
+    free_parts_.pop_back();
+    int& free_count = free_part_count_[static_cast<size_t>(whole_of(slot))];
+    if (free_count-- == parts_per_slot_) unused_split_count_--;
+    return slot;
+  }
+  if (free_.empty() && unused_split_count_ > 0) unite();
+  if (free_.empty()) return -1;
+  const int slot = free_.back();
+  free_.pop_back();
+  return slot;
+}
+
+// Makes parts of a slot that is free. False where there is none.
+bool PageStream::split_one() {
+  for (size_t i = free_.size(); i-- > 0;) {
+    const int whole = free_[i];
+    if (whole >= static_cast<int>(free_part_count_.size())) continue;
+    free_.erase(free_.begin() + static_cast<int64_t>(i));
+    const auto first = static_cast<int>(whole_count() + whole * parts_per_slot_);
+    for (auto part = static_cast<int>(parts_per_slot_); part-- > 0;) free_parts_.push_back(first + part);
+    free_part_count_[static_cast<size_t>(whole)] = static_cast<int>(parts_per_slot_);
+    unused_split_count_++;
+    return true;
+  }
+  return false;
+}
+
+// Makes whole slots of those whose parts are all free.
+void PageStream::unite() {
+  const auto unused = [this](int whole) {
+    return free_part_count_[static_cast<size_t>(whole)] == parts_per_slot_;
+  };
+  free_parts_.erase(std::remove_if(free_parts_.begin(), free_parts_.end(),
+                                   [&](int slot) { return unused(whole_of(slot)); }),
+                    free_parts_.end());
+  for (int whole = 0; whole < static_cast<int>(free_part_count_.size()); ++whole) {
+    if (!unused(whole)) continue;
+    free_part_count_[static_cast<size_t>(whole)] = -1;
+    free_.push_back(whole);
+  }
+  unused_split_count_ = 0;
+}
+
+int PageStream::take_landed() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (landed_.empty()) return -1;
+  const int slot = landed_.back();
+  landed_.pop_back();
   return slot;
 }
 
@@ -167,7 +242,12 @@ int PageStream::take(std::vector<int>* slots) {
 void PageStream::release(int slot) {
   slots_[static_cast<size_t>(slot)].state = Slot::State::kFree;
   std::lock_guard<std::mutex> lock(mutex_);
-  free_.push_back(slot);
+  if (slot < static_cast<int>(whole_count())) {
+    free_.push_back(slot);
+    return;
+  }
+  free_parts_.push_back(slot);
+  if (++free_part_count_[static_cast<size_t>(whole_of(slot))] == parts_per_slot_) unused_split_count_++;
 }
 
 // What was read ahead and will not be used. Not during a pass.
@@ -244,7 +324,7 @@ void PageStream::start(Worker* worker, int slot, const ReadRun& run) {
   target.worker = worker->number;
   target.file_offset = run.file_offset;
   target.bytes = run.bytes;
-  target.segment = {staging_ + slot_bytes_ * slot, static_cast<size_t>(run.bytes)};
+  target.segment = {memory_of(slot), static_cast<size_t>(run.bytes)};
   IoRequest request;
   request.file_offset = run.file_offset;
   request.segments = &target.segment;
@@ -264,38 +344,40 @@ void PageStream::start(Worker* worker, int slot, const ReadRun& run) {
 // Starts the next read of the pass, or the next one ahead of it. False when there is nothing to start, or no
 // slot.
 bool PageStream::start_one(Worker* worker, Pass* pass) {
-  if (pass->next_read >= pass->read_count() && pass->next_ahead >= pass->ahead_count()) return false;
-  const int slot = take(&free_);
-  if (slot < 0) return false;
-  Slot& target = slots_[static_cast<size_t>(slot)];
-  target.read_ahead = false;
-  target.retried = false;
-  // Whoever has a slot claims a run, never the other way round: no run waits for a worker without slots.
-  int64_t index = pass->next_read.fetch_add(1, std::memory_order_relaxed);
-  if (index < pass->read_count()) {
-    const ReadRun& run = pass->plan->reads[static_cast<size_t>(index)];
-    target.role = Slot::Role::kNeeded;
-    target.use_begin = run.use_begin;
-    target.use_end = run.use_end;
-    worker->needed++;
-    start(worker, slot, run);
-    return true;
-  }
-  index = pass->next_ahead.fetch_add(1, std::memory_order_relaxed);
-  if (index < pass->ahead_count()) {
-    const ReadRun& run = pass->next->reads[static_cast<size_t>(index)];
-    target.role = Slot::Role::kAhead;
-    for (Ref<Extent>& extent : target.extents) worker->extents.push_back(std::move(extent));
-    target.extents.clear();
-    for (int64_t i = run.use_begin; i < run.use_end; ++i) {
-      const Ref<Extent>& extent = pass->next->drive_uses[static_cast<size_t>(i)].page->extent;
-      if (target.extents.empty() || target.extents.back() != extent) target.extents.push_back(extent);
+  for (;;) {
+    int64_t index = pass->next_read;
+    const bool needed = index < pass->read_count();
+    if (!needed) index = pass->next_ahead;
+    if (!needed && index >= pass->ahead_count()) return false;
+    const Plan& plan = needed ? *pass->plan : *pass->next;
+    const ReadRun& run = plan.reads[static_cast<size_t>(index)];
+    // Whoever has a slot claims a run, never the other way round: no run waits for a worker without slots.
+    const int slot = take_free(run.bytes);
+    if (slot < 0) return false;
+    if (!(needed ? pass->next_read : pass->next_ahead).compare_exchange_strong(index, index + 1)) {
+      release(slot);  // another worker was faster
+      continue;
+    }
+    Slot& target = slots_[static_cast<size_t>(slot)];
+    target.read_ahead = false;
+    target.retried = false;
+    if (needed) {
+      target.role = Slot::Role::kNeeded;
+      target.use_begin = run.use_begin;
+      target.use_end = run.use_end;
+      worker->needed++;
+    } else {
+      target.role = Slot::Role::kAhead;
+      for (Ref<Extent>& extent : target.extents) worker->extents.push_back(std::move(extent));
+      target.extents.clear();
+      for (int64_t i = run.use_begin; i < run.use_end; ++i) {
+        const Ref<Extent>& extent = plan.drive_uses[static_cast<size_t>(i)].page->extent;
+        if (target.extents.empty() || target.extents.back() != extent) target.extents.push_back(extent);
+      }
     }
     start(worker, slot, run);
     return true;
   }
-  release(slot);
-  return false;
 }
 
 void PageStream::fill(Worker* worker, Pass* pass, int in_flight_max) {
@@ -371,7 +453,7 @@ void PageStream::run(const Plan& plan, const Plan* next, int64_t page_bytes, int
   const int64_t weight = (memory_uses + drive_uses) * page_bytes * compute_weight;
   auto worker_count = static_cast<int>(std::clamp<int64_t>(1 + weight / kWakeBytes, 1, worker_count_max));
   // A worker needs two slots, so that the drive works while it computes.
-  if (drive_uses > 0) worker_count = std::min(worker_count, static_cast<int>(slots_.size() / 2));
+  if (drive_uses > 0) worker_count = std::min(worker_count, static_cast<int>(whole_count() / 2));
   Pass pass;
   pass.plan = &plan;
   pass.next = next;
@@ -417,11 +499,17 @@ void PageStream::begin(Pass* pass) {
     }
   }
   if (pass->next != nullptr) {
-    // The pass comes first: what stays for the next may not take the slots that it reads through.
-    auto spare = static_cast<int64_t>(slots_.size());
+    // The pass comes first: what stays for the next may not take the slots that it reads through. (One part
+    // takes all of the slot from a large read.)
+    auto spare = whole_count();
     if (pass->read_count() > 0) spare -= std::min<int64_t>(spare, 2 * pass->worker_count);
+    std::vector<uint8_t> occupied(static_cast<size_t>(whole_count()), 0);
     for (const StagedUse& use : pass->next->staged) {
-      if (spare-- > 0) stays[static_cast<size_t>(use.slot)] = 1;
+      uint8_t& whole = occupied[static_cast<size_t>(whole_of(use.slot))];
+      if (whole == 0 && spare == 0) continue;
+      spare -= whole == 0 ? 1 : 0;
+      whole = 1;
+      stays[static_cast<size_t>(use.slot)] = 1;
     }
   }
   for (size_t slot = 0; slot < slots_.size(); ++slot) {
@@ -449,21 +537,48 @@ void PageStream::end(Pass* pass) {
     if (slot.state == Slot::State::kFree || slot.role != Slot::Role::kAhead) slot.extents.clear();
   }
   for (const std::unique_ptr<Worker>& worker : workers_) worker->extents.clear();
-  if (pass->failed) return;
+  if (!pass->failed) start_ahead(pass, std::numeric_limits<int>::max());
+}
+
+// Reads ahead, on the queues of all workers of a pass in turn, until so many are in flight. Not during it.
+void PageStream::start_ahead(Pass* pass, int in_flight_max) {
   try {
+    int in_flight = 0;
+    for (int number = 0; number < pass->worker_count; ++number) {
+      in_flight += workers_[static_cast<size_t>(number)]->queue->in_flight();
+    }
     for (bool any = true; any;) {
       any = false;
-      for (int number = 0; number < pass->worker_count; ++number) {
+      for (int number = 0; number < pass->worker_count && in_flight < in_flight_max; ++number) {
         Worker* worker = workers_[static_cast<size_t>(number)].get();
-        any = (worker->queue->in_flight() < worker->queue->depth() && start_one(worker, pass)) || any;
+        if (worker->queue->in_flight() == worker->queue->depth() || !start_one(worker, pass)) continue;
+        any = true;
+        in_flight++;
       }
     }
   } catch (const Error&) {
-    // Reading ahead failed; the pass did not.
+    // Whoever needs what was to be read will read it, and fail if that fails too.
     for (Slot& slot : slots_) {
       if (slot.state == Slot::State::kFree) slot.extents.clear();
     }
   }
+}
+
+int64_t PageStream::read_ahead(const Plan& plan, int64_t first) {
+  const Plan nothing;
+  Pass pass;
+  pass.plan = &nothing;
+  pass.next = &plan;
+  pass.next_ahead = first;
+  pass.worker_count = pool_.worker_count();
+  if (first >= pass.ahead_count()) return first;
+  prepare(pass.worker_count);
+  for (const std::unique_ptr<Worker>& worker : workers_) {
+    if (worker->queue->in_flight() > 0) reap(worker.get(), false, nullptr);
+  }
+  start_ahead(&pass, kAheadInFlightMax);
+  for (const std::unique_ptr<Worker>& worker : workers_) worker->extents.clear();
+  return pass.next_ahead;
 }
 
 bool PageStream::intact(const PageUse& use, const uint8_t* bytes, Pass* pass) const {
@@ -488,7 +603,7 @@ bool PageStream::intact(const PageUse& use, const uint8_t* bytes, Pass* pass) co
 
 void PageStream::consume(int number, int slot, Pass* pass) {
   const Slot& run = slots_[static_cast<size_t>(slot)];
-  const uint8_t* bytes = staging_ + slot_bytes_ * slot;
+  const uint8_t* bytes = memory_of(slot);
   const Page* checked = nullptr;  // rows that share a page use it one after another
   for (int64_t i = run.use_begin; i < run.use_end && !pass->failed; ++i) {
     const PageUse& use = pass->plan->drive_uses[static_cast<size_t>(i)];
@@ -526,7 +641,7 @@ void PageStream::work(int number, Pass* pass) {
           if (workers_[i]->queue->in_flight() > 0) reap(workers_[i].get(), false, pass);
         }
         // What has landed first: its slot goes back to reading.
-        const int slot = take(&landed_);
+        const int slot = take_landed();
         if (slot >= 0) {
           fill(own, pass, in_flight_limit);
           consume(number, slot, pass);

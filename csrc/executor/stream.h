@@ -65,6 +65,11 @@ class PageStream {
   void run(const Plan& plan, const Plan* next, int64_t page_bytes, int64_t compute_weight,
            int worker_count_max, PageConsumer* consumer);
 
+  // Begins reads of what a pass that is still being chosen will need, from plan.reads[first] on: as many as
+  // keep the drive busy until the next call, and as free slots allow; waits for none. Returns the first that
+  // it did not begin. What is staged stays.
+  int64_t read_ahead(const Plan& plan, int64_t first);
+
   // Lets go of what was read ahead from extents that nobody else keeps, so that their space is free.
   void release_unused();
 
@@ -88,6 +93,7 @@ class PageStream {
   void work(int number, Pass* pass);
   void fill(Worker* worker, Pass* pass, int in_flight_max);
   bool start_one(Worker* worker, Pass* pass);
+  void start_ahead(Pass* pass, int in_flight_max);
   void start(Worker* worker, int slot, const ReadRun& run);
   void reap(Worker* worker, bool wait, Pass* pass);
   void land(Worker* worker, int slot, int error, Pass* pass);
@@ -95,8 +101,15 @@ class PageStream {
   bool intact(const PageUse& use, const uint8_t* bytes, Pass* pass) const;
   void release(int slot);
   void discard(int slot);
-  int take(std::vector<int>* slots);
+  int take_free(int64_t bytes);
+  int take_landed();
+  bool split_one();
+  void unite();
   void drain();
+
+  int64_t whole_count() const { return staging_bytes_ / slot_bytes_; }
+  int whole_of(int slot) const;
+  uint8_t* memory_of(int slot) const;
 
   IoEngine* const engine_;
   const int fd_;
@@ -107,12 +120,17 @@ class PageStream {
   ThreadPool& pool_;
   uint8_t* staging_ = nullptr;  // mapped by the first pass that reads
   int64_t slot_bytes_ = 0;
+  int64_t parts_per_slot_ = 1;  // of one that is split for small reads
+  int64_t part_bytes_ = 0;
   int64_t widest_pass_bytes_ = 0;
-  std::vector<Slot> slots_;
+  std::vector<Slot> slots_;  // whole ones, and behind them the parts of the first of them
   std::vector<std::unique_ptr<Worker>> workers_;
-  std::mutex mutex_;         // of the two, during a pass
-  std::vector<int> free_;    // slots
-  std::vector<int> landed_;  // slots that the pass has to compute on
+  std::mutex mutex_;                  // of what follows, during a pass
+  std::vector<int> free_;             // whole slots
+  std::vector<int> free_parts_;       // of those that are split
+  std::vector<int> free_part_count_;  // by whole slot that may be split; -1: it is not
+  int64_t unused_split_count_ = 0;    // whole slots that are split, with all parts free
+  std::vector<int> landed_;           // slots that the pass has to compute on
   std::vector<StagedRun> staged_;
   StreamCounters counters_;
 };
