@@ -545,16 +545,9 @@ std::tuple<Tensor, Tensor> attend(const Tensor& handle, const Tensor& q_any, std
 }
 
 // kind: 0 page top-k, 1 adaptive, 2 SparF; the settings that a kind does not have are not looked at.
-std::tuple<Tensor, Tensor, Tensor> attend_sparse(
-    const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask, std::optional<Tensor> sinks,
-    std::optional<Tensor> alibi_slopes, double scale, int64_t causal, int64_t window, double softcap,
-    int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v, int64_t kind, double fraction,
-    int64_t tokens, int64_t local, int64_t sink, int64_t heads_per_choice, double mass, bool provable,
-    int64_t channels, bool mean_value, bool sketch) {
-  const Handle source = open_handle(handle);
-  const Tensor q = q_any.dim() == 4 ? dense_last(q_any) : q_any;
-  AttendRequest request = attend_request(source, q, mask, sinks, alibi_slopes, scale, causal, window, softcap,
-                                         row_begin, kv_begin, kv_end, head_dim_v);
+SparseRequest sparse_request(int64_t kind, double fraction, int64_t tokens, int64_t local, int64_t sink,
+                             int64_t heads_per_choice, double mass, bool provable, int64_t channels,
+                             bool mean_value, bool sketch) {
   if (kind < 0 || kind > 2) fail("kind must be 0 (page top-k), 1 (adaptive) or 2 (SparF)");
   SparseRequest sparse;
   sparse.kind = static_cast<SparseKind>(kind);
@@ -568,6 +561,21 @@ std::tuple<Tensor, Tensor, Tensor> attend_sparse(
   sparse.channels = channels;
   sparse.mean_value = mean_value;
   sparse.sketch = sketch;
+  return sparse;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_sparse(
+    const Tensor& handle, const Tensor& q_any, std::optional<Tensor> mask, std::optional<Tensor> sinks,
+    std::optional<Tensor> alibi_slopes, double scale, int64_t causal, int64_t window, double softcap,
+    int64_t row_begin, int64_t kv_begin, int64_t kv_end, int64_t head_dim_v, int64_t kind, double fraction,
+    int64_t tokens, int64_t local, int64_t sink, int64_t heads_per_choice, double mass, bool provable,
+    int64_t channels, bool mean_value, bool sketch) {
+  const Handle source = open_handle(handle);
+  const Tensor q = q_any.dim() == 4 ? dense_last(q_any) : q_any;
+  AttendRequest request = attend_request(source, q, mask, sinks, alibi_slopes, scale, causal, window, softcap,
+                                         row_begin, kv_begin, kv_end, head_dim_v);
+  SparseRequest sparse = sparse_request(kind, fraction, tokens, local, sink, heads_per_choice, mass, provable,
+                                        channels, mean_value, sketch);
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
   Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   Tensor missing = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
@@ -578,6 +586,21 @@ std::tuple<Tensor, Tensor, Tensor> attend_sparse(
   if (q.numel() > 0) source.drive->attend_sparse(source.layer, source.epoch, request, sparse);
   warn_about(source.drive.get());
   return {out, lse, missing};
+}
+
+void prefetch(const Tensor& handle, const Tensor& q_any, double scale, double softcap, int64_t row_begin,
+              int64_t kv_begin, int64_t kv_end, int64_t kind, double fraction, int64_t tokens, int64_t local,
+              int64_t sink, int64_t heads_per_choice, double mass, bool provable, int64_t channels,
+              bool mean_value, bool sketch) {
+  const Handle source = open_handle(handle);
+  const Tensor q = q_any.dim() == 4 ? dense_last(q_any) : q_any;
+  const Geometry geometry = source.drive->geometry(source.layer);
+  const AttendRequest request = attend_request(source, q, {}, {}, {}, scale, 0, 0, softcap, row_begin,
+                                               kv_begin, kv_end, geometry.head_dim_v);
+  const SparseRequest sparse = sparse_request(kind, fraction, tokens, local, sink, heads_per_choice, mass,
+                                              provable, channels, mean_value, sketch);
+  if (q.numel() > 0) source.drive->prefetch(source.layer, source.epoch, request, sparse);
+  warn_about(source.drive.get());
 }
 
 Tensor scores(const Tensor& handle, const Tensor& q_any, int64_t row_begin, int64_t kv_begin,
@@ -718,6 +741,10 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "int causal, int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt "
       "head_dim_v, int kind, float fraction, int tokens, int local, int sink, int heads_per_choice, float "
       "mass, bool provable, int channels, bool mean_value, bool sketch) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prefetch(Tensor handle, Tensor q, float scale, float softcap, SymInt row_begin, SymInt kv_begin, "
+      "SymInt kv_end, int kind, float fraction, int tokens, int local, int sink, int heads_per_choice, float "
+      "mass, bool provable, int channels, bool mean_value, bool sketch) -> ()");
   m.def("scores(Tensor handle, Tensor q, SymInt row_begin, SymInt kv_begin, SymInt kv_end) -> Tensor");
   m.def(
       "weighted_sum(Tensor handle, Tensor p, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt "
@@ -762,6 +789,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("check_room", TORCH_BOX(&csd::ops::check_room));
   m.impl("attend", TORCH_BOX(&csd::ops::attend));
   m.impl("attend_sparse", TORCH_BOX(&csd::ops::attend_sparse));
+  m.impl("prefetch", TORCH_BOX(&csd::ops::prefetch));
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));
   m.impl("read", TORCH_BOX(&csd::ops::read));

@@ -51,6 +51,7 @@ def op_calls(store, directory):
             *(handle, q, mask, torch.zeros(4), None, 0.25, 0, 0, 0.0, 0, 0, 130, 24),
             *op_arguments(PageTopK(fraction=0.5)),
         ),
+        "prefetch": (handle, q, 0.25, 0.0, 0, 0, 130, *op_arguments(PageTopK(fraction=0.5))),
         "attend": (handle, q, mask, torch.zeros(4), None, 0.25, 1, 0, 0.0, 0, 0, 130, 24),
         "scores": (handle, q, 0, 0, 130),
         "weighted_sum": (handle, torch.rand(2, 4, 3, 130), 0, 0, 130, 24),
@@ -70,8 +71,8 @@ def test_every_op_is_listed_here(stored, tmp_path):
     "name",
     [
         "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append",
-        "truncate", "trim", "reorder", "flush", "keep_summary", "attend", "attend_sparse", "scores", "weighted_sum",
-        "read", "stats", "close",
+        "truncate", "trim", "reorder", "flush", "keep_summary", "attend", "attend_sparse", "prefetch", "scores",
+        "weighted_sum", "read", "stats", "close",
     ],
 )  # fmt: skip
 def test_opcheck(stored, tmp_path, name):

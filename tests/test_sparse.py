@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import DTYPES, assert_attention_equal, fill, random_kv
 from test_attention import option_sets
 
-from torch_csd import Adaptive, KVStore, MemoryBudgetError, PageTopK, SparF, reference
+from torch_csd import Adaptive, KVStore, MemoryBudgetError, PageTopK, SparF, StoreClosedError, reference
 
 PAGE = 64
 BLOCK = 4096
@@ -517,6 +517,60 @@ def test_reads_that_begin_while_others_are_chosen_read_no_more(make_store, io_en
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)  # other workers, another order of sums
     ahead = stores[1].stats()
     assert 0 < ahead["read_ahead_bytes"] and ahead["read_ahead_wasted_bytes"] < ahead["read_ahead_bytes"]
+
+
+@pytest.mark.parametrize("sparse", [PageTopK(tokens=12 * PAGE), Adaptive(mass=0.9)], ids=["pages", "adaptive"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_guess_has_right_is_there_and_what_it_has_wrong_changes_nothing(make_store, io_engine, kind, sparse):
+    q, k, v = planted(batch=2, kv_len=64 * 190 + 10, head_dim=128, pages=10)
+    store = make_store(
+        kv_dtype=kind, resident=False, memory_budget="64MiB", threads=2, io_engine=io_engine, sparse=sparse
+    )
+    fill(store, k, v)
+    expected = store.attend(0, q)
+
+    def attend_after(guess: torch.Tensor, **how) -> tuple[int, int]:
+        before = store.stats()
+        store.prefetch(0, guess, **how)
+        for left, right in zip(store.attend(0, q), expected, strict=True):
+            torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+        after = store.stats()
+        return tuple(after[name] - before[name] for name in ("guessed_bytes", "guessed_used_bytes"))
+
+    guessed, used = attend_after(q)
+    assert used > 0.6 * guessed > 0  # blocks that two tiles share are guessed twice and used once
+    wrong = {"guess": -q, "sparse": PageTopK(tokens=40 * PAGE, local=0, sink=0, by=sparse.by)}
+    guessed, used = attend_after(**wrong)
+    assert used < 0.5 * guessed
+    for _ in range(12):
+        attend_after(**wrong)
+    assert attend_after(**wrong) == (0, 0), "guesses that prove wrong are not read for"
+    for _ in range(63):
+        store.prefetch(0, q)
+    assert attend_after(q)[1] > 0, "but now and then one is tried"
+
+
+def test_nothing_is_read_for_a_guess_where_nothing_would_be_chosen(make_store):
+    q, k, v = planted(kv_len=64 * 40)
+    sparse = PageTopK(tokens=PAGE * 4)
+    for kept, call in (
+        ({"sparse": sparse, "read_ahead": 0}, {}),
+        ({}, {}),
+        ({"sparse": sparse}, {"sparse": None}),
+        ({}, {"sparse": sparse}),  # no bounds are kept: to choose, all pages would have to be read
+        ({"sparse": sparse}, {"sparse": SparF(channels=8, tokens=64)}),
+    ):
+        store = make_store(resident=False, memory_budget="32MiB", **kept)
+        fill(store, k, v)
+        assert bytes_read(store, lambda store=store, call=call: store.prefetch(0, q, **call)) == 0
+        assert bytes_read(store, lambda store=store: store.prefetch(0, q.repeat(1, 1, 20, 1))) == 0
+    with pytest.raises(ValueError, match="q's head_dim"):
+        store.prefetch(0, q[..., :8], sparse=sparse)
+    with pytest.raises(TypeError, match="sparse must be"):
+        store.prefetch(0, q, sparse=0.5)
+    store.close()
+    with pytest.raises(StoreClosedError):
+        store.prefetch(0, q)
 
 
 @pytest.mark.parametrize("step1", ["channels", "sketch"])

@@ -33,7 +33,7 @@ from torch_csd.tensor import StorageTensor
 from torch_csd.version import __version__
 
 if TYPE_CHECKING:
-    from torch_csd.hf import StorageCache, fingerprint, swap_attention
+    from torch_csd.hf import StorageCache, fingerprint, guess_queries, swap_attention
 
 __all__ = [
     "Adaptive",
@@ -61,10 +61,10 @@ __all__ = [
     "verify",
 ]
 
-_HF_NAMES = ("StorageCache", "fingerprint", "swap_attention")
+_HF_NAMES = ("StorageCache", "fingerprint", "guess_queries", "swap_attention")
 
 if importlib.util.find_spec("transformers") is not None:
-    __all__ += ["StorageCache", "fingerprint", "swap_attention"]
+    __all__ += ["StorageCache", "fingerprint", "guess_queries", "swap_attention"]
     register_with_transformers()
 
 

@@ -321,6 +321,21 @@ def attend_sparse(
         return _call(_ops.attend_sparse.default, handle, q, *what, *settings)
 
 
+def prefetch(
+    handle: Tensor,
+    q: Tensor,
+    settings: SparseArguments,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    row_begin: int = 0,
+    kv_begin: int = 0,
+    kv_end: int = -1,
+) -> None:
+    """Begins to read what `attend_sparse` would choose for ``q``; see :meth:`KVStore.prefetch`."""
+    _call(_ops.prefetch, handle, q.detach(), scale, softcap, row_begin, kv_begin, kv_end, *settings)
+
+
 def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:
     """``q @ K^T``: ``[batch, num_heads, q_len, kv_end - kv_begin]`` in q's dtype, unscaled."""
     return _call(_ops.scores, handle, q, row_begin, kv_begin, kv_end)
@@ -455,6 +470,11 @@ def _(
     return q.new_empty((*q.shape[:-1], head_dim_v)), per_query, torch.empty_like(per_query)
 
 
+@torch.library.register_fake("torch_csd::prefetch")
+def _(handle, q, *_):
+    return None
+
+
 @torch.library.register_fake("torch_csd::scores")
 def _(handle, q, row_begin, kv_begin, kv_end):
     return q.new_empty((*q.shape[:-1], kv_end - kv_begin))
@@ -491,6 +511,11 @@ def _(handle, q, *args):
 @torch.library.impl("torch_csd::attend_sparse", "CUDA")
 def _(handle, q, *args):
     return tuple(result.to(q.device) for result in _ops.attend_sparse(handle, q.cpu(), *map(_on_cpu, args)))
+
+
+@torch.library.impl("torch_csd::prefetch", "CUDA")
+def _(handle, q, *args):
+    _ops.prefetch(handle, q.cpu(), *args)
 
 
 @torch.library.impl("torch_csd::scores", "CUDA")

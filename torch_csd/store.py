@@ -612,6 +612,48 @@ class KVStore:
             return out, lse
         return out, lse, torch.zeros_like(lse) if missing is None else missing
 
+    def prefetch(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        row_begin: int = 0,
+        kv_begin: int | None = None,
+        kv_end: int | None = None,
+        sparse: Sparse | str | None = "default",
+    ) -> None:
+        """Begins to read what sparse attention of ``q`` would choose, while something else is computed.
+
+        For a guess at queries that will come (of the next layer, say): what it has right is there when
+        :meth:`attend` chooses it, and what it has wrong is read for nothing; results are the same. ``stats()`` counts
+        ``guessed_bytes`` and of these ``guessed_used_bytes``; a layer whose guesses were used by less than half is
+        left alone for 64 calls at a time. What another layer's attention finds unused it lets go.
+
+        Nothing is read where attention is exact (that reads ahead by itself), for ``SparF``, for more than 16 queries,
+        with ``read_ahead=0``, or where pages would have to be read to choose by. Arguments are those of :meth:`attend`.
+
+        Raises:
+            ValueError: shapes or settings that do not fit. StoreClosedError: the store is closed.
+        """
+        stored = self.layer(layer)
+        if q.dim() != 4:
+            raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
+        sparse = self._sparse if isinstance(sparse, str) and sparse == "default" else check_sparse(sparse)
+        if sparse is None or q.shape[2] > QUERIES_MAX:
+            return
+        ops.prefetch(
+            stored.handle,
+            q,
+            op_arguments(sparse),
+            scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+            softcap=softcap or 0.0,
+            row_begin=as_int(row_begin, "row_begin", low=0),
+            kv_begin=-1 if kv_begin is None else as_int(kv_begin, "kv_begin", low=0),
+            kv_end=-1 if kv_end is None else as_int(kv_end, "kv_end", low=0),
+        )
+
     def read(self, layer: int, *, kv_begin: int | None = None, kv_end: int | None = None) -> tuple[Tensor, Tensor]:
         """K and V of all rows, dense: ``[batch, num_kv_heads, kv_end - kv_begin, head_dim]``, in the dtype appended.
 

@@ -102,7 +102,8 @@ struct PassContext {
   int64_t scratch_bytes_max = 0;
   ReadAhead* ahead = nullptr;  // null: nothing is read before it is needed
   PassKey pass;
-  TileCache* tiles = nullptr;  // null: what is chosen is read every time
+  TileCache* tiles = nullptr;        // null: what is chosen is read every time
+  int64_t* guessed_bytes = nullptr;  // where what a guess had read and a pass then used is added up
 };
 
 void attend(const PassContext& context, const Layer& layer, const AttendRequest& request);

@@ -30,6 +30,10 @@ constexpr int kWriteDepth = 64;
 constexpr int64_t kTailPages = 2;         // of full precision, at most, where older ones are quantised
 constexpr int64_t kPackBytes = 8 * kMiB;  // of pages packed together
 
+// Guesses of which less than half is used cost the drive more than they hide: every so often one is tried.
+constexpr double kGuessShareMin = 0.5;
+constexpr int kGuessEvery = 64;
+
 // Rounded down to whole huge pages (see base/mapped_memory.h), or to blocks where there is less than one.
 int64_t in_steps(int64_t bytes) {
   const int64_t step = bytes >= 2 * kMiB ? 2 * kMiB : kBlockBytes;
@@ -221,6 +225,7 @@ void Drive::drop_layer(int64_t layer_id) {
   tiles_->forget(layer_id);
   layers_.erase(layer_id);
   ahead_.forget(layer_id);
+  guesses_.erase(layer_id);
   stream_->release_unused();
 }
 
@@ -835,6 +840,8 @@ void Drive::attend_sparse(int64_t layer_id, int64_t epoch, AttendRequest request
   for (const SummaryKind kind : summary_kinds(sparse)) catch_up(&layer, request.span, kind);
   PassContext with_tiles = context({layer_id, PassKind::kAttend});
   with_tiles.tiles = tiles_.get();
+  int64_t guessed_bytes = 0;
+  with_tiles.guessed_bytes = &guessed_bytes;
   // Half of what pages have: those that stay in memory are of use to every query a little, tiles that were
   // chosen much to the next one.
   tiles_->begin(layer_id, options_.resident ? arena_->limit_bytes() / 2 : 0);
@@ -846,9 +853,45 @@ void Drive::attend_sparse(int64_t layer_id, int64_t epoch, AttendRequest request
   }
   tiles_->end(true);
   if (tiles_->wants_room()) make_room_for_tiles();
+  note_guess(layer_id, guessed_bytes);
   attend_calls_++;
   sparse_attends_++;
   note_missing(request, sparse);
+}
+
+void Drive::prefetch(int64_t layer_id, int64_t epoch, AttendRequest request, const SparseRequest& sparse) {
+  check_process();
+  std::lock_guard<FairMutex> lock(mutex_);
+  if (options_.read_ahead_bytes == 0) return;
+  const Layer& layer = find(layer_id);
+  if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
+  check_span(layer, epoch, request.span);
+  if (layer.restored) return;
+  for (int64_t i = 0; i < request.span.row_count; ++i) {
+    const Row& row = layer.rows[static_cast<size_t>(request.span.row_begin + i)];
+    for (const SummaryKind kind : summary_kinds(sparse)) {
+      if (row.summary(kind).end_page < summarised_end(layer, row)) return;
+    }
+  }
+  const int64_t queries = request.num_heads * request.q_len * request.span.row_count;
+  if (AttendPass::bytes_per_query(layer.geometry, 1) * queries > scratch_bytes_max_) return;
+  Guesses& guesses = guesses_[layer_id];
+  if (guesses.used_share < kGuessShareMin && ++guesses.skipped < kGuessEvery) return;
+  guesses.skipped = 0;
+  PassContext with_tiles = context({layer_id, PassKind::kAttend});
+  with_tiles.tiles = tiles_.get();
+  guesses.begun_bytes = csd::read_ahead_sparse(with_tiles, layer, request, sparse);
+  guessed_bytes_ += guesses.begun_bytes;
+}
+
+void Drive::note_guess(int64_t layer_id, int64_t used_bytes) {
+  const auto found = guesses_.find(layer_id);
+  if (found == guesses_.end() || found->second.begun_bytes == 0) return;
+  Guesses& guesses = found->second;
+  const double share = static_cast<double>(used_bytes) / static_cast<double>(guesses.begun_bytes);
+  guesses.used_share += (share - guesses.used_share) / 4;
+  guesses.begun_bytes = 0;
+  guessed_used_bytes_ += used_bytes;
 }
 
 // Tiles that are chosen again and again are worth more than pages that happened to stay in memory: some of
@@ -966,6 +1009,8 @@ std::string Drive::stats_json() {
   json += number("read_ahead_bytes", counters.read_ahead_bytes);
   json += number("read_ahead_wasted_bytes", counters.read_ahead_wasted_bytes);
   json += number("reused_bytes", tiles_->served_bytes());
+  json += number("guessed_bytes", guessed_bytes_);
+  json += number("guessed_used_bytes", guessed_used_bytes_);
   json += number("resident_read_bytes", counters.resident_read_bytes);
   json += number("drive_written_bytes", writer_->written_bytes());
   json += number("drive_pending_bytes", writer_->pending_bytes());

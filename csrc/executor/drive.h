@@ -124,6 +124,9 @@ class Drive {
   // epoch: of the view the caller holds; -1 takes the layer as it is now. Throws kStale when it has changed.
   void attend(int64_t layer_id, int64_t epoch, AttendRequest request);  // kv_begin -1: the first readable
   void attend_sparse(int64_t layer_id, int64_t epoch, AttendRequest request, const SparseRequest& sparse);
+  // Begins to read what attend_sparse() would choose for these queries: a guess at those that come. Does
+  // nothing while guesses at this layer's queries prove bad, or where it would have to read pages to choose.
+  void prefetch(int64_t layer_id, int64_t epoch, AttendRequest request, const SparseRequest& sparse);
   void scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request);
   void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
   void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
@@ -174,6 +177,13 @@ class Drive {
     const Page* page;
   };
 
+  // How good guesses at a layer's queries are.
+  struct Guesses {
+    int64_t begun_bytes = 0;  // by the last one, until the layer's next pass
+    double used_share = 1.0;  // of what they read: a mean in which each counts a quarter
+    int skipped = 0;          // since the last one
+  };
+
   Layer& find(int64_t layer_id);
   void open_file();
   static const Ref<Extent>& extent_at(const std::vector<Ref<Extent>>& extents, int64_t file_offset);
@@ -218,6 +228,7 @@ class Drive {
   void check_mask(const Layer& layer, const AttendRequest& request) const;
   Layer& begin_attend(int64_t layer_id, int64_t epoch, AttendRequest* request);
   void note_missing(const AttendRequest& request, const SparseRequest& sparse);
+  void note_guess(int64_t layer_id, int64_t used_bytes);
   PassContext context(PassKey pass);
   template <typename Request>
   void run_pass(PassKey key, int64_t epoch, const Request& request,
@@ -256,6 +267,10 @@ class Drive {
   std::vector<NewPage> new_pages_;                                       // of the append that runs
   std::array<std::vector<SummaryBlock*>, kSummaryKinds> filled_blocks_;  // by it
   AlignedBuffer summary_scratch_;
+
+  std::map<int64_t, Guesses> guesses_;
+  int64_t guessed_bytes_ = 0;
+  int64_t guessed_used_bytes_ = 0;
 
   int64_t brought_back_bytes_ = 0;
   int64_t attend_calls_ = 0;

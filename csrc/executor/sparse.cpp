@@ -281,6 +281,14 @@ class PageSelection {
         worker_count_(worker_count),
         pass_(context, layer, request, block, worker_count) {}
 
+  // Begins to read what would be chosen.
+  int64_t guess() {
+    find_candidates();
+    ChosenUses chosen(context_, layer_);
+    choose(&chosen, true);
+    return chosen.begun_bytes();
+  }
+
   void run() {
     find_candidates();
     {
@@ -336,7 +344,7 @@ class PageSelection {
 
   // Scores all pages, in pieces; whoever scores the last one of a choice makes it, and has what was chosen
   // read while the pieces of the next ones are scored.
-  void choose(ChosenUses* chosen) {
+  void choose(ChosenUses* chosen, bool guesses = false) {
     const Bounds bounds(context_, layer_, request_, pass_, kind_);
     struct Piece {
       size_t choice;
@@ -383,7 +391,11 @@ class PageSelection {
           if (row->always[static_cast<size_t>(page)] != 0) add_use(*choice, page, &uses);
         }
         take(more, choice, &uses);
-        chosen->add(std::move(uses));
+        if (guesses) {
+          chosen->guess(uses);
+        } else {
+          chosen->add(std::move(uses));
+        }
         chosen->read_on();
       }
     };
@@ -739,6 +751,14 @@ void ChosenUses::add(std::vector<PageUse> uses) {
   }
 }
 
+void ChosenUses::guess(const std::vector<PageUse>& uses) {
+  for (const PageUse& use : uses) {
+    if (!use.in_memory() && use.page->sealed && (context_.tiles == nullptr || !context_.tiles->has(use))) {
+      added_.push_back(use);
+    }
+  }
+}
+
 void ChosenUses::read_on() {
   if (context_.ahead == nullptr) return;
   PageStream& stream = *context_.stream;
@@ -753,8 +773,18 @@ void ChosenUses::read_on() {
     plan_ = make_plan(added_, stream.read_bytes_max(page_bytes_), stream.staged(), kGapBytes);
     next_read_ = 0;
     added_.clear();
+    if (context_.guessed_bytes != nullptr) {
+      for (const StagedUse& use : plan_.staged) *context_.guessed_bytes += use.bytes;
+    }
   }
-  next_read_ = stream.read_ahead(plan_, next_read_);
+  const int64_t begun = stream.read_ahead(plan_, next_read_);
+  for (; next_read_ < begun; ++next_read_) {
+    const ReadRun& run = plan_.reads[static_cast<size_t>(next_read_)];
+    for (int64_t i = run.use_begin; i < run.use_end; ++i) {
+      const PageUse& use = plan_.drive_uses[static_cast<size_t>(i)];
+      begun_bytes_ += use.file_end() - use.file_begin();
+    }
+  }
 }
 
 void ChosenUses::run(int worker_count, int64_t weight, PageConsumer* pass) {
@@ -787,6 +817,13 @@ void attend_sparse(const PassContext& context, const Layer& layer, const AttendR
                      PageSelection(context, layer, request, sparse, block, workers).run();
                    }
                  });
+}
+
+int64_t read_ahead_sparse(const PassContext& context, const Layer& layer, const AttendRequest& request,
+                          const SparseRequest& sparse) {
+  if (sparse.kind == SparseKind::kSparF) return 0;
+  const Block block{0, request.span.row_count, 0, request.q_len};
+  return PageSelection(context, layer, request, sparse, block, 1).guess();
 }
 
 }  // namespace csd

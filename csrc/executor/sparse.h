@@ -37,6 +37,13 @@ std::vector<SummaryKind> summary_kinds(const SparseRequest& sparse);
 void attend_sparse(const PassContext& context, const Layer& layer, const AttendRequest& request,
                    const SparseRequest& sparse);
 
+// Begins to read what attend_sparse() would choose for these queries, which are a guess; the pass that comes
+// uses of it what it wants, too. Pages only: for SparF nothing is read. Waits for no read, and computes no
+// output. All rows together, so it needs the scratch memory that they take. Returns how many bytes of what it
+// chose are on their way.
+int64_t read_ahead_sparse(const PassContext& context, const Layer& layer, const AttendRequest& request,
+                          const SparseRequest& sparse);
+
 // Of a block of rows, with all queries: SparF (sparf.cpp).
 void attend_sparf(const PassContext& context, const Layer& layer, const AttendRequest& request,
                   const SparseRequest& sparse, const Block& block, int worker_count);
@@ -49,9 +56,13 @@ class ChosenUses {
       : context_(context), layer_(layer), page_bytes_(layer.geometry.full_precision().page_bytes()) {}
 
   void add(std::vector<PageUse> uses);
-  // Begins as many reads of what was added as there is room for, and waits for none. Nothing where nothing is
+  // The same for a guess: run() is not called.
+  void guess(const std::vector<PageUse>& uses);
+  // Begins as many reads of what was added as there is room for, and waits for none; nothing where nothing is
   // to be read ahead.
   void read_on();
+  // Of what was added, what reads have begun for.
+  int64_t begun_bytes() const { return begun_bytes_; }
   // Once, when everything is added.
   void run(int worker_count, int64_t weight, PageConsumer* pass);
 
@@ -63,6 +74,7 @@ class ChosenUses {
   std::vector<PageUse> added_;  // of uses_, since the plan was made
   Plan plan_;                   // of what had not been begun then
   int64_t next_read_ = 0;       // of it
+  int64_t begun_bytes_ = 0;
 };
 
 }  // namespace csd

@@ -66,8 +66,8 @@ class PageStream {
            int worker_count_max, PageConsumer* consumer);
 
   // Begins reads of what a pass that is still being chosen will need, from plan.reads[first] on: as many as
-  // keep the drive busy until the next call, and as free slots allow; waits for none. Returns the first that
-  // it did not begin. What is staged stays.
+  // the drive takes at once, and as there is room for; waits for none. Returns the first that it did not
+  // begin. What is staged stays.
   int64_t read_ahead(const Plan& plan, int64_t first);
 
   // Lets go of what was read ahead from extents that nobody else keeps, so that their space is free.
@@ -103,12 +103,12 @@ class PageStream {
   void discard(int slot);
   int take_free(int64_t bytes);
   int take_landed();
-  bool split_one();
-  void unite();
+  int take_parts(int whole, int count);
   void drain();
 
   int64_t whole_count() const { return staging_bytes_ / slot_bytes_; }
   int whole_of(int slot) const;
+  int first_slot_of(int whole) const;
   uint8_t* memory_of(int slot) const;
 
   IoEngine* const engine_;
@@ -120,17 +120,16 @@ class PageStream {
   ThreadPool& pool_;
   uint8_t* staging_ = nullptr;  // mapped by the first pass that reads
   int64_t slot_bytes_ = 0;
-  int64_t parts_per_slot_ = 1;  // of one that is split for small reads
-  int64_t part_bytes_ = 0;
+  int64_t part_bytes_ = 0;  // of one that is split for small reads; 0: none is
   int64_t widest_pass_bytes_ = 0;
-  std::vector<Slot> slots_;  // whole ones, and behind them the parts of the first of them
+  std::vector<Slot> slots_;  // by first part: see whole_of()
   std::vector<std::unique_ptr<Worker>> workers_;
-  std::mutex mutex_;                  // of what follows, during a pass
-  std::vector<int> free_;             // whole slots
-  std::vector<int> free_parts_;       // of those that are split
-  std::vector<int> free_part_count_;  // by whole slot that may be split; -1: it is not
-  int64_t unused_split_count_ = 0;    // whole slots that are split, with all parts free
-  std::vector<int> landed_;           // slots that the pass has to compute on
+  std::mutex mutex_;              // of what follows, during a pass
+  std::vector<int> free_;         // whole slots, by number
+  std::vector<int> partly_free_;  // likewise: some parts are free
+  std::vector<uint32_t>
+      free_parts_;           // of each of the first whole slots, which may be split: a bit for each part
+  std::vector<int> landed_;  // slots that the pass has to compute on
   std::vector<StagedRun> staged_;
   StreamCounters counters_;
 };

@@ -16,6 +16,11 @@ void TileCache::begin(int64_t layer_id, int64_t bytes_max) {
   call_++;
 }
 
+bool TileCache::has(const PageUse& use) const {
+  const auto found = entries_.find({use.page, use.begin, use.end});
+  return found != entries_.end() && found->second.filled;
+}
+
 void TileCache::serve(std::vector<PageUse>* uses) {
   for (PageUse& use : *uses) {
     if (use.whole() || use.page->memory != nullptr) continue;

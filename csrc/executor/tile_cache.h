@@ -26,6 +26,7 @@ class TileCache {
 
   // Around one layer's pass, or several that belong to one call. bytes_max: what may be kept from now on.
   void begin(int64_t layer_id, int64_t bytes_max);
+  bool has(const PageUse& use) const;
   // Finds what a pass is about to use, or a place for it to be kept in. Parts of pages only.
   void serve(std::vector<PageUse>* uses);
   // filled: the uses that were served were consumed, so that their places are filled.

@@ -463,8 +463,11 @@ static Step attend(int64_t layer, int64_t q_len) {
   };
 }
 
-// Half of the pages by their bounds, or half of the tokens: what is chosen is the same on both drives.
-static Step attend_sparse(int64_t layer, SparseKind kind) {
+enum class Guess : uint8_t { kNone, kFirst, kOnly };
+
+// Half of the pages by their bounds, or half of the tokens: what is chosen is the same on both drives. Guess:
+// whether it is guessed at first, or nothing else is done.
+static Step attend_sparse(int64_t layer, SparseKind kind, Guess guess = Guess::kNone) {
   return [=](Drive& drive, std::vector<float>* out) {
     const auto rows = static_cast<int64_t>(drive.info(layer).lengths.size());
     if (rows == 0) return;
@@ -488,6 +491,11 @@ static Step attend_sparse(int64_t layer, SparseKind kind) {
     sparse.channels = 16;
     sparse.mean_value = true;
     sparse.missing = missing.data();
+    if (guess != Guess::kNone) drive.prefetch(layer, -1, request, sparse);
+    if (guess == Guess::kOnly) {
+      out->clear();
+      return;
+    }
     drive.attend_sparse(layer, -1, request, sparse);
   };
 }
@@ -735,6 +743,20 @@ static std::vector<Operation> all_operations(const Geometry& geometry) {
     sparse.steps.push_back(append(0, 2, 90, 4));
     sparse.steps.push_back(attend_sparse(0, SparseKind::kPageTopK));
     operations.push_back(sparse);
+    Operation guessed{"sparse attend that was guessed at", {0, 1}, filled(2, 1000), {}};
+    guessed.before.push_back(attend_sparse(0, SparseKind::kPageTopK));
+    guessed.before.push_back(attend_sparse(1, SparseKind::kPageTopK));
+    guessed.steps = {attend_sparse(0, SparseKind::kPageTopK, Guess::kFirst),
+                     attend_sparse(1, SparseKind::kPageTopK, Guess::kOnly),
+                     attend_sparse(0, SparseKind::kPageTopK),
+                     attend_sparse(1, SparseKind::kAdaptive, Guess::kOnly),
+                     append(1, 2, 65, 2),
+                     attend_sparse(1, SparseKind::kAdaptive),
+                     attend_sparse(0, SparseKind::kPageTopK, Guess::kOnly),
+                     crop(0, 300),
+                     append(0, 2, 90, 4),
+                     attend_sparse(0, SparseKind::kPageTopK)};
+    operations.push_back(guessed);
     Operation kept{"sparse attend to what is summarised as it comes", {0}, created(1), {}};
     kept.before.push_back(keep_summary(0, SummaryKind::kBounds));
     kept.before.push_back(keep_summary(0, SummaryKind::kValues));

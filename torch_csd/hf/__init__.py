@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch_csd.hf.attention import register
 from torch_csd.hf.cache import StorageCache, fingerprint
+from torch_csd.hf.guess import guess_queries
 from torch_csd.hf.swap import swap_attention
 
-__all__ = ["StorageCache", "fingerprint", "swap_attention"]
+__all__ = ["StorageCache", "fingerprint", "guess_queries", "swap_attention"]
 
 register()

@@ -7,6 +7,9 @@ nothing but what has no stored tensors in it.
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -76,6 +79,33 @@ def csd_mask(
     )
 
 
+class QueryCaptured(Exception):
+    """Instead of an attention's result, within `capture_query`: what it was asked."""
+
+    def __init__(self, query: torch.Tensor, scaling: float | None, softcap: float | None):
+        super().__init__()
+        self.query = query  # [batch, num_heads, q_len, head_dim_k]
+        self.scaling = scaling
+        self.softcap = softcap
+
+
+class _Capture(threading.local):
+    active = False
+
+
+_capture = _Capture()
+
+
+@contextmanager
+def capture_query() -> Iterator[None]:
+    """The next `csd_attention` of this thread computes nothing and raises `QueryCaptured`."""
+    _capture.active = True
+    try:
+        yield
+    finally:
+        _capture.active = False
+
+
 def csd_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [batch, num_heads, q_len, head_dim_k]
@@ -104,6 +134,8 @@ def csd_attention(
     carry no value; `position_bias` is added to the logits; `indices` [batch, q_len, k] are the only keys that
     each query attends to.
     """
+    if _capture.active:
+        raise QueryCaptured(query, scaling, softcap)
     if block_indices is not None:
         raise NotImplementedError(
             "attn_implementation='csd' has no block-sparse attention (block_indices); "

@@ -475,6 +475,13 @@ class StorageLayer(DynamicLayer):
     def _drop_unneeded(self, begin: int, visible_begin: int) -> None:
         """Lets go of what no query can see any more, of what is held from `begin` on; full attention sees all."""
 
+    def chooses(self) -> bool:
+        """Whether a decode step reads a choice of the tokens that are there, so that it can be guessed."""
+        if not self.is_initialized or self._exact or self.store.sparse is None:
+            return False
+        num_kv_heads, *dims = self._head_shape
+        return num_kv_heads > 1 or tuple(dims) != self._latent_dims
+
     def _holds_latents(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         return key_states.shape[1] == 1 and (key_states.shape[-1], value_states.shape[-1]) == self._latent_dims
 
