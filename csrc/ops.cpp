@@ -293,10 +293,14 @@ void fork_layer(const Tensor& handle, const Tensor& source) {
 }
 
 // kind: as SummaryKind counts them.
+SummaryKind to_summary_kind(int64_t kind) {
+  if (kind < 0 || kind >= kSummaryKinds) fail("kind must be 0 (values), 1 (bounds) or 2 (sketch)");
+  return static_cast<SummaryKind>(kind);
+}
+
 void keep_summary(const Tensor& handle, int64_t kind) {
   const Handle target = open_handle(handle);
-  if (kind < 0 || kind >= kSummaryKinds) fail("kind must be 0 (values), 1 (bounds) or 2 (sketch)");
-  target.drive->keep_summary(target.layer, static_cast<SummaryKind>(kind));
+  target.drive->keep_summary(target.layer, to_summary_kind(kind));
 }
 
 void drop_layer(const Tensor& handle) {
@@ -497,6 +501,19 @@ Tensor shrink(const Tensor& drive) {
 }
 
 void check_room(const Tensor& drive, int64_t bytes) { open_handle(drive).drive->check_room(bytes); }
+
+void check_summary_room(const Tensor& drive, int64_t num_kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                        ScalarType dtype, int64_t code_bits, std::vector<int64_t> kinds,
+                        std::vector<int64_t> layers, int64_t layer_count, int64_t row_count, int64_t q_len) {
+  SummaryRequest request;
+  request.geometry = make_geometry(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits);
+  for (const int64_t kind : kinds) request.kinds.push_back(to_summary_kind(kind));
+  request.layer_ids = std::move(layers);
+  request.layer_count = layer_count;
+  request.row_count = row_count;
+  request.q_len = q_len;
+  open_handle(drive).drive->check_summary_room(request);
+}
 
 // ---- computing ----
 
@@ -731,6 +748,9 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("shrink(Tensor(a!) drive) -> Tensor");
   m.def("check_room(Tensor drive, int bytes) -> ()");
   m.def(
+      "check_summary_room(Tensor drive, int num_kv_heads, int head_dim_k, int head_dim_v, ScalarType dtype, "
+      "int code_bits, int[] kinds, int[] layers, int layer_count, int row_count, int q_len) -> ()");
+  m.def(
       "attend(Tensor handle, Tensor q, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, float scale, int "
       "causal, "
       "int window, float softcap, SymInt row_begin, SymInt kv_begin, SymInt kv_end, SymInt head_dim_v) "
@@ -787,6 +807,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("verify", TORCH_BOX(&csd::ops::verify));
   m.impl("shrink", TORCH_BOX(&csd::ops::shrink));
   m.impl("check_room", TORCH_BOX(&csd::ops::check_room));
+  m.impl("check_summary_room", TORCH_BOX(&csd::ops::check_summary_room));
   m.impl("attend", TORCH_BOX(&csd::ops::attend));
   m.impl("attend_sparse", TORCH_BOX(&csd::ops::attend_sparse));
   m.impl("prefetch", TORCH_BOX(&csd::ops::prefetch));

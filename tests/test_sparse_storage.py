@@ -192,6 +192,164 @@ def test_summaries_may_take_all_the_memory_there_is(make_store, kind, count):
     assert_near(store.attend(0, q), reference.attention(q, *store.read(0)), kind)
 
 
+# ---- whether there is room for them, asked before anything is stored ----
+
+BY_BOUNDS, BY_SKETCH = PageTopK(fraction=0.5), PageTopK(fraction=0.5, by="sketch")
+
+
+def finds_room(store, k, v, layer_count) -> bool:
+    try:
+        store.check_room(k, v, layer_count=layer_count)
+    except MemoryBudgetError:
+        return False
+    return True
+
+
+def appends(store, layers, k, v) -> bool:
+    try:
+        for layer in layers:
+            store.append(layer, k, v)
+    except MemoryBudgetError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("sparse, layer_count", [(BY_SKETCH, 4), (BY_BOUNDS, 26), (EVERYTHING, 3)])
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("read_ahead", [None, "128KiB"])
+def test_a_prefill_is_refused_only_where_it_would_have_failed(make_store, kind, sparse, layer_count, read_ahead):
+    k, v = random_kv(2, HEADS, 64 * 100 + 5, HEAD_DIM)
+    outcomes = []
+    for budget in [*range(2**20, 2**20 * 11 // 4, 2**18), 2**24]:
+        with make_store(memory_budget=budget, kv_dtype=kind, threads=1, sparse=sparse, read_ahead=read_ahead) as store:
+            try:
+                store.check_room(k, v, layer_count=layer_count)
+                said = True
+            except MemoryBudgetError as error:
+                said, wanted = False, int(str(error).split(" bytes of summaries")[0].split()[-1])
+            assert store.layers() == [] and store.stats()["memory_used_bytes"] == 0
+            outcomes.append((said, appends(store, range(layer_count), k, v)))
+            taken = store.stats()["summary_bytes"]
+    assert (False, True) not in outcomes, outcomes
+    assert outcomes[0] == (False, False) and outcomes[-1] == (True, True)
+    assert 0.9 * wanted < taken < 1.1 * wanted, "checksums and chunks are the rest"
+
+
+def test_no_append_to_a_store_in_any_state_is_refused_that_would_have_succeeded(make_store):
+    outcomes = {outcome for seed in range(8) for outcome in outcomes_of_a_life(make_store, seed)}
+    assert {(True, True), (False, False)} <= outcomes and (False, True) not in outcomes
+
+
+def outcomes_of_a_life(make_store, seed):
+    """(what check_room said, what an append did) in a store that grows and shrinks at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    sparse = pick([BY_BOUNDS, BY_SKETCH, EVERYTHING])
+    batch = pick([1, 2, 3])
+    kept = store = make_store(
+        memory_budget=pick([2**20, 2**21]), kv_dtype=pick([None, "int8", "int4"]), threads=1, sparse=sparse
+    )
+    for _ in range(40):
+        match pick(["append"] * 8 + ["crop", "trim", "reorder", "fork", "exact", "free"]):
+            case "append":
+                layers = pick([[0], [1], [0, 1, 2], [2, 3], [*range(6)]])
+                k, v = random_kv(batch, HEADS, pick([1, 63, 64, 65, 400, 64 * 30, 64 * 90]), HEAD_DIM)
+                said = finds_room(store, k, v, len(layers))
+                yield said, appends(store, layers, k, v)
+            case "crop":
+                for layer in store.layers():
+                    store.truncate(layer, max(store.begin(layer), store.lengths(layer)[0] // 3))
+            case "trim":
+                for layer in store.layers():
+                    store.trim(layer, (store.begin(layer) + min(store.lengths(layer))) // 2)
+            case "reorder":
+                for layer in store.layers():
+                    store.reorder(layer, [0] * batch)
+            case "fork":
+                if store is not kept:
+                    store.close()
+                store = kept.fork()
+            case "exact":  # what is appended meanwhile is summarised later, if ever
+                store.sparse = pick([None, sparse])
+            case "free":
+                if store.layers():
+                    store.free(pick(store.layers()))
+    store.close()
+    kept.close()
+
+
+def test_the_refusal_says_how_much_is_wanted_and_what_to_do(make_store):
+    k, v = random_kv(2, HEADS, 64 * 100, HEAD_DIM)
+    store = make_store(memory_budget="1MiB", sparse=BY_SKETCH)
+    with pytest.raises(MemoryBudgetError) as raised:
+        store.check_room(k, v, layer_count=4)
+    sketch, sums = 2 * 576 * 100, 12288 * 2  # of a row: two heads' codes and scales; two blocks of sums of V
+    text = str(raised.value)
+    assert "memory_budget of 1048576 bytes" in text and "6400 tokens of 2 rows in 4 layers" in text
+    wanted = int(text.split(" bytes of summaries")[0].split()[-1])
+    assert 8 * (sketch + sums) <= wanted <= 1.1 * 8 * (sketch + sums)
+    assert f"{2**19} bytes" in text, "what reads and partial results leave"
+    assert "raise memory_budget, choose by bounds instead of a sketch, or attend exactly" in text
+    store.sparse = BY_BOUNDS
+    with pytest.raises(MemoryBudgetError, match="; raise memory_budget, or attend exactly"):
+        store.check_room(k, v, layer_count=100)
+    store.sparse = None
+    store.check_room(k, v, layer_count=100)
+
+
+def test_layers_that_are_exact_need_no_room(make_store):
+    k, v = random_kv(2, HEADS, 64 * 100, HEAD_DIM)
+    store = make_store(memory_budget="8MiB", sparse=BY_SKETCH)
+    assert not finds_room(store, k, v, 20)
+    store.check_room(k, v, layer_count=20, exact_count=16)
+    store.exact_layers = frozenset(range(16))
+    with pytest.raises(MemoryBudgetError, match="in 24 layers"):
+        store.check_room(k, v, layer_count=40)
+    assert finds_room(store, k, v, 20) and appends(store, range(20), k, v)
+
+
+def test_layers_of_another_shape_are_not_taken_for_those_that_are_checked(make_store):
+    """They may need less: 16 times so much would not fit."""
+    store = make_store(memory_budget="1MiB", sparse=BY_SKETCH)
+    k, v = random_kv(1, 1, 64 * 8, 16)
+    store.append(0, k, v)
+    store.check_room(*random_kv(1, 16, 64 * 70, 16), layer_count=1)
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_tokens_of_an_opened_store_that_are_summarised_later_need_no_room_now(tmp_path, kind):
+    k, v = random_kv(2, HEADS, 64 * 100, HEAD_DIM)
+    settings = dict(memory_budget="1MiB", threads=1)
+    with KVStore(tmp_path, durable=True, name="one", kv_dtype=kind, **settings) as store:
+        for layer in range(4):
+            store.append(layer, k[:, :, :200], v[:, :, :200])
+        store.commit()
+    with KVStore.open(tmp_path, "one", sparse=BY_SKETCH, **settings) as store:
+        assert finds_room(store, k, v, 4) and appends(store, range(4), k, v)
+        assert store.stats()["summary_bytes"] == 0
+        assert not finds_room(store, k, v, 8) and not appends(store, range(4, 8), k, v)
+
+
+def test_forks_share_the_room(make_store):
+    k, v = random_kv(2, HEADS, 64 * 100, HEAD_DIM)
+    store = make_store(memory_budget="8MiB", sparse=BY_SKETCH)
+
+    def appends_little_by_little(store):  # so that nothing is left to be summarised later
+        pieces = zip(k.split(640, dim=2), v.split(640, dim=2), strict=True)
+        return all(appends(store, range(7), *piece) for piece in pieces)
+
+    assert finds_room(store, k, v, 7) and appends_little_by_little(store)
+    with store.fork() as fork:
+        assert finds_room(fork, k, v, 7) and appends_little_by_little(fork)
+        assert not finds_room(store, k, v, 7)
+        with store.fork() as third:
+            assert not appends_little_by_little(third)
+    assert finds_room(store, k, v, 7) and appends_little_by_little(store)
+
+
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_what_was_read_ahead_counts_once(make_store, io_engine, kind):
     """Exact attention reads ahead; a choice that takes pages on both sides of what is there already reads around it."""

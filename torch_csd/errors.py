@@ -32,4 +32,4 @@ class StoreMismatchError(StoreError, ValueError):
 
 
 class MemoryBudgetError(ValueError):
-    """``memory_budget`` is smaller than what the layer's pages need at the least."""
+    """``memory_budget`` is smaller than what must be in memory: a few pages, what sparse attention chooses by."""

@@ -247,6 +247,27 @@ def check_room(drive: Tensor, size_bytes: int) -> None:
     _call(_ops.check_room, drive, size_bytes)
 
 
+def check_summary_room(
+    drive: Tensor,
+    *,
+    num_kv_heads: int,
+    head_dim_k: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    code_bits: int,
+    kinds: Sequence[int],
+    layers: Sequence[Tensor],
+    layer_count: int,
+    row_count: int,
+    q_len: int,
+) -> None:
+    """Raises MemoryBudgetError, with the numbers, if memory cannot hold the summaries of ``q_len`` tokens more in each
+    row of ``layer_count`` layers: of ``layers`` (handles of those that there are), and new ones."""
+    geometry = (num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
+    numbers = [int(handle[1]) for handle in layers]
+    _call(_ops.check_summary_room, drive, *geometry, list(kinds), numbers, layer_count, row_count, q_len)
+
+
 def _bytes_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 

@@ -356,11 +356,7 @@ class KVStore:
         handle = ops.create_layer(
             self._drive.handle,
             number=number if isinstance(number, int) and 0 <= number < 2**62 else -1,
-            num_kv_heads=k.shape[1],
-            head_dim_k=k.shape[3],
-            head_dim_v=v.shape[3],
-            dtype=k.dtype if kv_dtype in CODE_BITS else kv_dtype,
-            code_bits=CODE_BITS.get(kv_dtype, 0),
+            **_geometry(k, v, kv_dtype),
         )
         self._keep_summary(number, handle)
         return StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
@@ -468,19 +464,37 @@ class KVStore:
         self._check_open()
         return self._drive.begins(name)
 
-    def check_room(self, k: Tensor, v: Tensor, *, layer_count: int = 1) -> None:
+    def check_room(self, k: Tensor, v: Tensor, *, layer_count: int = 1, exact_count: int | None = None) -> None:
         """Whether tokens like these can be appended to so many layers, before any is.
 
         What counts is the free space of the device, ``max_bytes``, and unless the store is durable the memory that is
-        left of the budget.
+        left of the budget; and with ``sparse``, that memory can hold what it chooses by. For the latter's sake nothing
+        is refused that would have found room; where little is missing, an append may still find none.
+
+        Args:
+            exact_count: of these layers, for which nothing is kept to choose by; ``None``: all ``exact_layers``.
 
         Raises:
-            StoreFullError: they cannot; its text has the numbers.
+            StoreFullError: the drive has no room. MemoryBudgetError: memory has none. Their texts have the numbers.
         """
         self._check_open()
         batch, num_kv_heads, tokens, head_dim_k = k.shape
-        size = page_bytes(num_kv_heads, head_dim_k, v.shape[3], dtype_text(self.kv_dtype or k.dtype))
+        kv_dtype = self.kv_dtype or k.dtype
+        size = page_bytes(num_kv_heads, head_dim_k, v.shape[3], dtype_text(kv_dtype))
         ops.check_room(self._drive.handle, layer_count * batch * (tokens // PAGE_TOKENS) * size)
+        sparse_count = layer_count - (len(self.exact_layers) if exact_count is None else exact_count)
+        if self._sparse is None or sparse_count <= 0:
+            return
+        with self._lock:
+            ops.check_summary_room(
+                self._drive.handle,
+                **_geometry(k, v, kv_dtype),
+                kinds=summary_kinds(self._sparse),
+                layers=[stored.handle for number, stored in self._layers.items() if number not in self.exact_layers],
+                layer_count=sparse_count,
+                row_count=batch,
+                q_len=tokens,
+            )
 
     def use_prefix(self, match: PrefixMatch, *, device: torch.device | str = "cpu") -> None:
         """Fills this store, which must be empty, with the first ``match.length`` tokens of a committed sequence.
@@ -724,6 +738,17 @@ def _checked_metadata(metadata: dict | None) -> dict:
     if not isinstance(checked, dict):
         raise ValueError(f"metadata must be a dict, got {metadata!r}")
     return checked
+
+
+def _geometry(k: Tensor, v: Tensor, kv_dtype: torch.dtype) -> dict[str, int | torch.dtype]:
+    """Of a layer that holds tokens like these, as the native ops take it."""
+    return {
+        "num_kv_heads": k.shape[1],
+        "head_dim_k": k.shape[3],
+        "head_dim_v": v.shape[3],
+        "dtype": k.dtype if kv_dtype in CODE_BITS else kv_dtype,
+        "code_bits": CODE_BITS.get(kv_dtype, 0),
+    }
 
 
 def _ints(values: Sequence[int] | Tensor, name: str, *, low: int = -(2**62)) -> list[int]:

@@ -71,6 +71,10 @@ struct Geometry {
   int code_bits = 0;
 
   constexpr bool quantised() const { return code_bits != 0; }
+  constexpr bool operator==(const Geometry& other) const {
+    return num_kv_heads == other.num_kv_heads && head_dim_k == other.head_dim_k &&
+           head_dim_v == other.head_dim_v && dtype == other.dtype && code_bits == other.code_bits;
+  }
   constexpr PageLayout full_precision() const { return {num_kv_heads, head_dim_k, head_dim_v, dtype, 0}; }
   constexpr PageLayout stored() const { return {num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits}; }
 };

@@ -65,12 +65,6 @@ int64_t page_bytes_max(int64_t budget_bytes, int64_t read_ahead_bytes) {
   return std::min({kStagingBytesMax, staging, budget_bytes - staging - scratch_bytes(budget_bytes)}) / 2;
 }
 
-// The first page that is to be of full precision in a row of this length: the newest one or two pages are, so
-// that appending and cropping there touch no codes.
-int64_t first_tail_page(int64_t length) {
-  return std::max<int64_t>(0, (length + kPageTokens - 1) / kPageTokens - kTailPages);
-}
-
 std::string text(int64_t value) { return std::to_string(value); }
 
 // page_end(kind): pages from there on are not summarised any more.
@@ -399,6 +393,12 @@ const Ref<Page>& Drive::writable_tail(const Layer& layer, Row* row, std::vector<
   return row->pages.back();
 }
 
+// The first page that is to be of full precision in a row of this length: the newest one or two pages are, so
+// that appending and cropping there touch no codes.
+int64_t Drive::first_tail_page(int64_t length) {
+  return std::max<int64_t>(0, (length + kPageTokens - 1) / kPageTokens - kTailPages);
+}
+
 // Quantises the pages of every row that the append has pushed out of the tail. Rows that share one (beams) go
 // on sharing it.
 void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
@@ -508,6 +508,12 @@ int64_t Drive::staging_room(const Layer& layer, int64_t row_count) const {
   int64_t room = options_.memory_budget_bytes - scratch_bytes_max_;
   for (const auto& [page_bytes, count] : pages) room -= arena_->bytes_for(page_bytes, count);
   return room;
+}
+
+// What staging at its least leaves to the arena.
+int64_t Drive::arena_bytes_max() const {
+  const int64_t budget = options_.memory_budget_bytes;
+  return budget - scratch_bytes_max_ - staging_bytes(budget, options_.read_ahead_bytes);
 }
 
 // Before an append: moves memory between the arena and staging, a little at a time while pages have to be

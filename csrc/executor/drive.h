@@ -88,6 +88,16 @@ struct AppendRequest {
   const int64_t* lengths = nullptr;  // [row_count] tokens of each row that count; null: all q_len
 };
 
+// What an append of so many tokens to each row of some layers, all of one geometry, would have to summarise.
+struct SummaryRequest {
+  Geometry geometry;
+  std::vector<SummaryKind> kinds;
+  std::vector<int64_t> layer_ids;  // of those that the store has
+  int64_t layer_count = 0;         // that are appended to: any of those, and new ones
+  int64_t row_count = 0;
+  int64_t q_len = 0;
+};
+
 struct LayerInfo {
   Geometry geometry;
   int64_t epoch = 0;
@@ -149,6 +159,9 @@ class Drive {
   int64_t shrink();  // gives the unused end of the file back; its bytes
   // Throws kNoSpace, with the numbers, when so many bytes of pages more cannot be stored.
   void check_room(int64_t bytes);
+  // Throws kBudget, with the numbers, when an append of this must fail because memory cannot hold its
+  // summaries. It may fail even so: what it needs in memory besides is not looked at.
+  void check_summary_room(const SummaryRequest& request);
   int64_t durable_file_bytes() const { return durable_file_bytes_; }  // when it was opened
   int64_t file_bytes();                                               // now, once it has adopted
 
@@ -200,6 +213,7 @@ class Drive {
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
                       std::vector<ReplacedPage>* replaced);
   void finish_packing();
+  static int64_t first_tail_page(int64_t length);
   static int64_t summarised_end(const Layer& layer, const Row& row);
   void begin_summaries(const Layer& layer, Row* row);
   void expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page);
@@ -208,12 +222,17 @@ class Drive {
   void finish_summaries(const Layer& layer);
   void catch_up(Layer* layer, const Span& span, SummaryKind kind);
   void catch_up_row(const Layer& layer, Row* row, int64_t row_index, SummaryKind kind);
+  bool follows(const Layer& layer, SummaryKind kind) const;
+  int64_t least_block_bytes(const SummaryShape& shape) const;
   int64_t summary_bytes() const;
+  template <typename Visit>
+  void visit_summaries(const Visit& visit) const;
   void make_room_for_tiles();
   void list_again(const Packer::Job& job);
   void write_behind(int64_t appended_bytes);
   int64_t write_window() const;
   int64_t staging_room(const Layer& layer, int64_t row_count) const;
+  int64_t arena_bytes_max() const;
   void divide_budget(const Layer& layer, int64_t row_count);
   uint8_t* page_memory(int64_t page_bytes, const char* what = "another page");
   enum class Evicted : uint8_t { kNone, kWriting, kGone };

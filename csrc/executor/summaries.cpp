@@ -269,23 +269,102 @@ void Drive::catch_up_row(const Layer& layer, Row* row, int64_t row_index, Summar
   }
 }
 
-int64_t Drive::summary_bytes() const {
-  std::set<const SummaryBlock*> counted;
-  int64_t bytes = 0;
+// ---- what they take ----
+
+// Each block once, however many rows and forks share it.
+template <typename Visit>
+void Drive::visit_summaries(const Visit& visit) const {
+  std::set<const SummaryBlock*> seen;
   for (const auto& [id, layer] : layers_) {
     for (int kind = 0; kind < kSummaryKinds; ++kind) {
       const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
       for (const Row& row : layer.rows) {
         for (const Ref<SummaryBlock>& block : row.summaries[kind].blocks) {
-          if (!counted.insert(block.get()).second) continue;
-          bytes += static_cast<int64_t>(block->checksums.size() * sizeof(uint32_t));
-          if (block->memory != nullptr) bytes += block->full ? shape.full_bytes() : shape.filling_bytes();
-          if (block->sums != nullptr) bytes += shape.sums_bytes();
+          if (seen.insert(block.get()).second) visit(shape, *block);
         }
       }
     }
   }
+}
+
+int64_t Drive::summary_bytes() const {
+  int64_t bytes = 0;
+  visit_summaries([&](const SummaryShape& shape, const SummaryBlock& block) {
+    bytes += static_cast<int64_t>(block.checksums.size() * sizeof(uint32_t));
+    if (block.memory != nullptr) bytes += block.full ? shape.full_bytes() : shape.filling_bytes();
+    if (block.sums != nullptr) bytes += shape.sums_bytes();
+  });
   return bytes;
+}
+
+// Of the arena, whether the block is being filled or full: filling takes three times as much.
+int64_t Drive::least_block_bytes(const SummaryShape& shape) const {
+  int64_t bytes = 0;
+  if (shape.tiles_per_head > 0) bytes += arena_->share_bytes(shape.full_bytes());
+  if (shape.head_dim_v > 0) bytes += arena_->share_bytes(shape.sums_bytes());
+  return bytes;
+}
+
+// Whether an append to the layer summarises what it fills, in every row.
+bool Drive::follows(const Layer& layer, SummaryKind kind) const {
+  return layer.keeps[static_cast<size_t>(kind)] &&
+         std::all_of(layer.rows.begin(), layer.rows.end(), [&](const Row& row) {
+           return row.summary(kind).end_page >= summarised_end(layer, row);
+         });
+}
+
+// Everything but summaries can leave memory, tails included, so only they count; and where it is not known
+// how many there will be, the fewest, so that nothing is refused that would have found room.
+void Drive::check_summary_room(const SummaryRequest& request) {
+  check_process();
+  std::lock_guard<FairMutex> lock(mutex_);
+  const Geometry& geometry = request.geometry;
+  // An empty row fills so many for good; one that holds tokens already fills no fewer.
+  const int64_t pages = geometry.quantised() ? first_tail_page(request.q_len) : request.q_len / kPageTokens;
+  int64_t wanted = 0;
+  int64_t layers_wanting = 0;
+  for (const SummaryKind kind : request.kinds) {
+    const SummaryShape shape(geometry, kind);
+    int64_t begun = 0;  // hold tokens: what they fill may go on in a block that is there
+    int64_t idle = 0;   // of those: may need nothing, because they lag behind or are of another shape
+    for (const int64_t id : request.layer_ids) {
+      const Layer& layer = find(id);
+      const bool is_empty =
+          std::all_of(layer.rows.begin(), layer.rows.end(), [](const Row& row) { return row.length == 0; });
+      const bool needs_it = follows(layer, kind) && layer.geometry == geometry;
+      if (!is_empty || !needs_it) begun++;
+      if (!needs_it) idle++;
+    }
+    const int64_t fresh = std::max<int64_t>(0, request.layer_count - begun);
+    const int64_t following = std::max<int64_t>(0, request.layer_count - fresh - idle);
+    const int64_t full_blocks = pages / shape.pages_per_block();
+    int64_t last_block = 0;
+    if (pages % shape.pages_per_block() > 0) {
+      last_block = least_block_bytes(shape);
+      if (shape.tiles_per_head > 0) {
+        last_block += arena_->share_bytes(shape.filling_bytes()) - arena_->share_bytes(shape.full_bytes());
+      }
+    }
+    wanted += request.row_count *
+              ((fresh + following) * full_blocks * least_block_bytes(shape) + fresh * last_block);
+    layers_wanting = std::max(layers_wanting, fresh + following);
+  }
+  if (wanted == 0) return;
+  int64_t taken = 0;
+  visit_summaries([&](const SummaryShape& shape, const SummaryBlock&) { taken += least_block_bytes(shape); });
+  const int64_t room = std::max<int64_t>(0, arena_bytes_max() - taken);
+  if (wanted <= room) return;
+  const auto text = [](int64_t value) { return std::to_string(value); };
+  const bool sketch =
+      std::find(request.kinds.begin(), request.kinds.end(), SummaryKind::kSketch) != request.kinds.end();
+  throw Error(ErrorKind::kBudget,
+              "memory_budget of " + text(options_.memory_budget_bytes) + " bytes has no room for " +
+                  text(wanted) + " bytes of summaries, which sparse attention keeps in memory of " +
+                  text(request.q_len) + " tokens of " + text(request.row_count) + " rows in " +
+                  text(layers_wanting) + " layers; " + text(room) +
+                  " bytes are available; raise memory_budget, " +
+                  (sketch ? "choose by bounds instead of a sketch, or attend exactly (sparse=None)"
+                          : "or attend exactly (sparse=None)"));
 }
 
 }  // namespace csd

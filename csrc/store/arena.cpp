@@ -39,6 +39,10 @@ int64_t Arena::bytes_for(int64_t page_bytes, int64_t page_count) const {
   return (page_count + pages_per_chunk - 1) / pages_per_chunk * chunk_bytes_;
 }
 
+int64_t Arena::share_bytes(int64_t page_bytes) const {
+  return shares_chunk(page_bytes) ? chunk_bytes_ / (chunk_bytes_ / page_bytes) : page_bytes;
+}
+
 uint8_t* Arena::allocate(int64_t page_bytes) {
   std::vector<uint8_t*>& open = open_chunks_[page_bytes];
   if (open.empty()) {

@@ -23,6 +23,8 @@ class Arena {
 
   // What so many pages take, in chunks that they share with no other size.
   int64_t bytes_for(int64_t page_bytes, int64_t page_count) const;
+  // What each of many takes at the least: its share of a chunk that is full of them.
+  int64_t share_bytes(int64_t page_bytes) const;
 
   int64_t limit_bytes() const { return limit_bytes_; }
   // Where more than that is mapped, allocate() finds no room until enough was released.

@@ -126,6 +126,52 @@ def test_a_quarter_of_the_pages_is_less_to_read(tmp_path):
     assert 0 < reads[1] < 0.6 * reads[0]
 
 
+def test_a_sketch_that_cannot_fit_is_refused_before_a_prefill_stores_anything(tmp_path):
+    model = model_of("llama", "csd")
+    inputs = prompts(4000, 4000, 4000, 4000)
+    with torch_csd.StorageCache(
+        model.config, tmp_path, sparse=Adaptive(), memory_budget="1MiB", read_ahead=0, threads=2
+    ) as cache:
+        with pytest.raises(torch_csd.MemoryBudgetError, match="4000 tokens of 4 rows in 2 layers"), torch.no_grad():
+            model(**inputs, past_key_values=cache)
+        assert cache.stats()["appended_tokens"] == 0 and cache.get_seq_length() == 0
+        tokens, _ = generate(model, prompts(200), cache, **SHORT)
+        assert tokens.shape == (1, 212)
+
+
+def test_what_keeps_nothing_to_choose_by_is_not_refused(tmp_path):
+    """A layer with a window comes first, of another shape than the layers that are attended to sparsely."""
+    config = make_pair("gemma2")[0].config
+    with torch_csd.StorageCache(
+        config, tmp_path, sparse=Adaptive(), memory_budget="8MiB", read_ahead=0, threads=1
+    ) as cache:
+        for _ in range(2):
+            wide, narrow = torch.randn(2, 4, 16, 6400, 16), torch.randn(2, 4, 2, 6400, 16)
+            cache.update(*wide, 0)
+            cache.update(*narrow, 1)
+        assert cache.store.lengths(0) == cache.store.lengths(1) == [12800] * 4
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["refused", "failed"])
+def test_a_sketch_that_finds_no_room_behind_other_layers_leaves_the_cache_as_it_was(tmp_path, monkeypatch, asked):
+    config = make_pair("gemma2")[0].config
+    with torch_csd.StorageCache(
+        config, tmp_path, sparse=Adaptive(), memory_budget="1MiB", read_ahead=0, threads=1
+    ) as cache:
+        if not asked:
+            monkeypatch.setattr(cache.store, "check_room", lambda *args, **kwargs: None)
+        first, much = torch.randn(2, 4, 2, 100, 16), torch.randn(2, 4, 2, 64 * 120, 16)
+        for layer in range(2):
+            cache.update(*first, layer)
+        cache.update(*much, 0)
+        with pytest.raises(torch_csd.MemoryBudgetError, match="bytes of summaries" if asked else "has no room for a"):
+            cache.update(*much, 1)
+        assert [cache.store.lengths(layer) for layer in range(2)] == [[100] * 4] * 2
+        for layer in range(2):
+            cache.update(*first, layer)
+        assert [cache.store.lengths(layer) for layer in range(2)] == [[200] * 4] * 2
+
+
 def test_copies_keep_the_setting(new_cache):
     model, stock = make_pair("llama")
     sparse = EVERYTHING["pages"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from torch_csd.config import parse_kv_dtype
-from torch_csd.errors import StoreError, StoreMismatchError
+from torch_csd.errors import MemoryBudgetError, StoreError, StoreMismatchError
 from torch_csd.sparse import Sparse
 from torch_csd.store import KVStore, PrefixMatch
 from torch_csd.tensor import StorageTensor
@@ -187,12 +187,11 @@ class StorageCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, StorageLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if key_states.ndim == 4 and key_states.shape[2] > 1 and layer_idx == self._first_stored:
-            # Now rather than in the middle of a prefill that took minutes.
-            self.store.check_room(key_states, value_states, layer_count=self._stored_count())
         try:
+            if key_states.ndim == 4 and key_states.shape[2] > 1:
+                self._check_room(key_states, value_states, layer)
             return layer.update(key_states, value_states, *args, **kwargs)
-        except StoreError:
+        except (StoreError, MemoryBudgetError):
             # This layer is as before. The layers before it have the new tokens already: without them too, the cache
             # is what it was before this forward, and can go on when there is room again.
             past_tokens = layer.get_seq_length()
@@ -201,12 +200,16 @@ class StorageCache(DynamicCache):
                     earlier.undo_to(past_tokens)
             raise
 
-    def _stored_count(self) -> int:
-        return sum(isinstance(layer, StorageLayer) for layer in self.layers)
-
-    @property
-    def _first_stored(self) -> int:
-        return next((index for index, layer in enumerate(self.layers) if isinstance(layer, StorageLayer)), -1)
+    def _check_room(self, key_states: torch.Tensor, value_states: torch.Tensor, layer: StorageLayer) -> None:
+        """Asks at the first layer, rather than to fail in the middle of a prefill that took minutes."""
+        stored = [other for other in self.layers if isinstance(other, StorageLayer)]
+        sparse = [other for other in stored if not other._exact]
+        if layer is stored[0]:
+            # Layers with a window may be of another shape than those that keep what sparse attention chooses by.
+            exact_count = len(stored) if layer._exact else len(stored) - len(sparse)
+            self.store.check_room(key_states, value_states, layer_count=len(stored), exact_count=exact_count)
+        elif self.store.sparse is not None and sparse and layer is sparse[0]:
+            self.store.check_room(key_states, value_states, layer_count=len(sparse), exact_count=0)
 
     # ---- durable caches --------------------------------------------------------------------------------------
 
