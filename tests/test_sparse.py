@@ -778,7 +778,7 @@ def test_settings_that_make_no_sense_are_refused(make, error, text):
         make()
 
 
-@pytest.mark.parametrize("wrong", ["x", 0.5, True, PageTopK, object()], ids=repr)
+@pytest.mark.parametrize("wrong", ["x", 0.5, True, PageTopK, pytest.param(object(), id="an object")], ids=repr)
 def test_what_is_no_setting_is_refused(make_store, tmp_path, wrong):
     store = make_store()
     store.append(0, *random_kv(1, 1, 10, 16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from torch_csd.sparse import PageTopK, SparF, Sparse
 from torch_csd.store import KVStore
 
 # Tokens per second over those of dense attention in the base type. With a choice for each kv head reads are as small as
-# tiles, and bound by the drive's requests per second: the bars are on reads of about 32 to 64 KiB.
+# tiles, and bound by the drive's requests per second: of int4 a tile is 9 KiB, and the bar is on four of them a read.
 BARS = {
-    (torch.bfloat16, "page top-k 1/16, 2 kv heads a choice"): 8.0,
+    (torch.bfloat16, "page top-k 1/16"): 8.0,
     (torch.int4, "page top-k 1/16, 4 kv heads a choice"): 20.0,
     (torch.bfloat16, "SparF 1/8 (128 tokens), from a sketch"): 3.0,
 }
@@ -33,6 +34,7 @@ SPAN_TOKENS = 512  # that keys have something in common over, where they do
 SPANS_WANTED = 16  # by one query
 STEPS_BEFORE = 24  # of a decode, before tiles that stay are sampled
 CALLS = 8  # of a sample
+WORK_S = 0.01  # of something else between two steps, where there is a guess to be read for meanwhile
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Case:
     sparse: Sparse | None
     spans: bool = False  # keys come in spans that queries want; else every key and query is drawn by itself
     kept: bool = False  # tiles stay in memory from step to step, and so does most of the query
+    work_s: float = 0.0  # of something else before each step
+    guess: bool = False  # the step's query is known before that: a guess that is right
+    peer: str | None = None  # another case of the same type, to be beside; None: dense in the base type
 
 
 def cases(tokens: int, shape: Shape) -> list[Case]:
@@ -58,10 +63,19 @@ def cases(tokens: int, shape: Shape) -> list[Case]:
         for count in (2, 4, 8)
         if count <= shape.kv_heads
     ]
+    work = f"{1e3 * WORK_S:.0f} ms of other work"
     return [
         Case("dense", None),
         Case("page top-k 1/16", sixteenth),
         *together,
+        Case(f"page top-k 1/16, after {work}", sixteenth, work_s=WORK_S, peer="page top-k 1/16"),
+        Case(
+            f"page top-k 1/16, guessed before {work}",
+            sixteenth,
+            work_s=WORK_S,
+            guess=True,
+            peer=f"page top-k 1/16, after {work}",
+        ),
         Case("page top-k 1/16, keys in spans", sixteenth, spans=True),
         Case("page top-k 1/16, tiles kept from step to step", sixteenth, spans=True, kept=True),
         Case("SparF 1/8 (128 tokens), from a sketch", SparF(**few, step1="sketch")),
@@ -113,7 +127,10 @@ def run(settings: Settings, report: Report, tokens: int, shape: Shape) -> None:
     for name, dtype, case in rows:
         speed = rates(samples[name], 1.0)
         others = []
-        if name != f"{dtype_name(settings.base)}, dense":
+        if case.peer is not None:
+            peer_speed = rates(samples[f"{dtype_name(dtype)}, {case.peer}"], 1.0)
+            others.append(beside(case.peer, speed, peer_speed, "steps/s"))
+        elif name != f"{dtype_name(settings.base)}, dense":
             bar = BARS.get((dtype, case.name)) if tokens >= BAR_CONTEXT else None
             dense_speed = rates(dense, 1.0)
             others.append(beside(f"dense {dtype_name(settings.base)}, cold", speed, dense_speed, "steps/s", bar=bar))
@@ -151,7 +168,14 @@ def open_store(
 
 def sampler(settings: Settings, store: KVStore, case: Case, queries: Iterator[Tensor]) -> Callable[[], Sample]:
     def step() -> None:
-        store.attend(0, next(queries), sparse=case.sparse)
+        query = next(queries)
+        if case.guess:
+            store.prefetch(0, query, sparse=case.sparse)
+        if case.work_s:
+            end_s = time.perf_counter() + case.work_s
+            while time.perf_counter() < end_s:  # as a model would: a core is busy, and the drive is not
+                pass
+        store.attend(0, query, sparse=case.sparse)
 
     for _ in range(STEPS_BEFORE if case.kept else 1):
         step()
