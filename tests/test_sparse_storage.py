@@ -170,7 +170,7 @@ TestLives = hypothesis.settings(max_examples=12, stateful_step_count=12)(Lives).
 @pytest.mark.parametrize("kind", [None, "int4"])
 @pytest.mark.parametrize("count", [17, 64, 100])
 def test_summaries_may_take_all_the_memory_there_is(make_store, kind, count):
-    """Then tails leave it, too; but none that an append is about to fill, to make room for what is kept about it."""
+    """Then tails leave it, too, even one that an append is about to fill; it comes back for that."""
     k, v = random_kv(2, HEADS, 64 * 150, HEAD_DIM)
     store = make_store(memory_budget="1MiB", kv_dtype=kind, threads=2, sparse=EVERYTHING)
     end = 0
@@ -181,7 +181,7 @@ def test_summaries_may_take_all_the_memory_there_is(make_store, kind, count):
     except MemoryBudgetError as error:
         assert "raise it" in str(error)
     else:
-        assert kind is not None, "pages that left memory at once are summarised when that is needed"
+        assert kind is not None, "what summaries leave is less than the tails of full precision take"
     assert store.lengths(0) == [end, end]
     held = store.read(0)
     assert kind is not None or torch.equal(held[0], k[:, :, :end]) and torch.equal(held[1], v[:, :, :end])
@@ -190,6 +190,105 @@ def test_summaries_may_take_all_the_memory_there_is(make_store, kind, count):
     store.truncate(0, 64 * 5 + 3)
     store.append(0, k[:, :, : 64 * 2], v[:, :, : 64 * 2])
     assert_near(store.attend(0, q), reference.attention(q, *store.read(0)), kind)
+
+
+# ---- that they are complete after every append, whatever else has to leave memory ----
+
+ONE_KIND_OR_TWO = [PageTopK(fraction=0.02), PageTopK(fraction=0.02, by="sketch"), SparF(channels=4, tokens=64)]
+
+
+def read_to_catch_up(store, q) -> int:
+    """Bytes of pages and tiles that the first of two equal attentions goes over, and the second does not."""
+
+    def moved():
+        before = store.stats()
+        store.attend(0, q)
+        after = store.stats()
+        return sum(after[name] - before[name] for name in ("drive_read_bytes", "resident_read_bytes"))
+
+    store.flush()
+    return moved() - moved()
+
+
+@pytest.mark.parametrize("sparse", ONE_KIND_OR_TWO, ids=repr)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("step", [25600, 5000, 1000])
+def test_small_budgets_hold_the_summaries_that_large_ones_do(make_store, kind, sparse, step):
+    """Pages that leave memory while an append makes room for summaries are summarised before, and full blocks turn to
+    codes at once: what is filling takes three times as much."""
+    k, v = random_kv(2, HEADS, 25600, HEAD_DIM, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    q = torch.randn(2, 4, 1, HEAD_DIM).to(k.dtype)
+    taken = {}
+    for budget in ("2MiB", "4MiB", "8MiB", "16MiB", "64MiB"):
+        for resident in (False, True):
+            with make_store(
+                memory_budget=budget,
+                kv_dtype=kind if kind.startswith("int") else None,
+                resident=resident,
+                sparse=sparse,
+                read_ahead=0,
+                threads=1,
+            ) as store:
+                for piece in zip(k.split(step, dim=2), v.split(step, dim=2), strict=True):
+                    store.append(0, *piece)
+                taken[budget, resident] = store.stats()["summary_bytes"]
+                assert store.stats()["memory_used_bytes"] <= store.stats()["memory_budget_bytes"]
+                if not resident:  # else the second finds tiles that the first has kept
+                    assert read_to_catch_up(store, q) == 0, budget
+                store.attend(0, q)
+                assert store.stats()["summary_bytes"] == taken[budget, resident]
+    assert len(set(taken.values())) == 1, taken
+    if sparse == ONE_KIND_OR_TWO[1]:
+        pages = tail_begin(25600, kind) // PAGE
+        sketch = HEADS * (576 + 4)  # of a page: codes and scales, and a checksum
+        sums = 12288 + 64 * HEADS * 4  # of 64 pages
+        assert taken["64MiB", False] == 2 * (pages * sketch + -(-pages // 64) * sums)
+
+
+@pytest.mark.parametrize("sparse", ONE_KIND_OR_TWO, ids=repr)
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_rows_that_share_the_pages_that_fill_know_of_all_of_them(make_store, kind, sparse):
+    """The last of them may come to one when it has left memory."""
+    quantised = kind if kind in ("int8", "int4") else None
+    for batch, count, seed in [(2, 64, 0), (8, 64, 1), (8, 130, 2), (4, 700, 3)]:
+        generator = torch.Generator().manual_seed(seed)
+        with make_store(
+            memory_budget="1MiB", kv_dtype=quantised, resident=False, sparse=sparse, read_ahead=0, threads=1
+        ) as store:
+            store.append(0, *random_kv(1, HEADS, 4000, HEAD_DIM))
+            store.reorder(0, [0] * batch)
+            q = torch.randn(batch, 4, 1, HEAD_DIM, generator=generator)
+            for step in range(4 if count == 700 else 10):
+                store.append(0, *random_kv(batch, HEADS, count, HEAD_DIM, seed=step))
+                assert read_to_catch_up(store, q) == 0, (batch, count, step)
+                store.reorder(0, torch.randint(batch, (batch,), generator=generator).tolist())
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_an_append_that_fails_leaves_summaries_as_they_were(make_store, kind):
+    """It may have filled blocks that others had begun, and many of its own."""
+    k, v = random_kv(2, HEADS, 64 * 200, HEAD_DIM)
+    q = torch.randn(2, 4, 1, HEAD_DIM)
+    ways = (PageTopK(fraction=0.2, by="sketch"), PageTopK(fraction=0.2), SparF(channels=4, tokens=64))
+    settings = dict(kv_dtype=kind if kind != "float32" else None, resident=False, read_ahead=0, threads=1)
+    stores = [make_store(memory_budget=budget, sparse=ways[0], **settings) for budget in ("1MiB", "16MiB")]
+    for store in stores:
+        for sparse in ways:  # all kinds from now on
+            store.append(0, k[:, :, :5], v[:, :, :5])
+            store.attend(0, q, sparse=sparse)
+    end = 0
+    for count in (700, 63, 1, 300):
+        taken = stores[0].stats()["summary_bytes"]
+        with pytest.raises(MemoryBudgetError):
+            stores[0].append(0, k[:, :, end:], v[:, :, end:])
+        assert stores[0].stats()["summary_bytes"] == taken
+        for store in stores:
+            store.append(0, k[:, :, end : end + count], v[:, :, end : end + count])
+        end += count
+        for sparse in ways:
+            for ours, wanted in zip(*(store.attend(0, q, sparse=sparse) for store in stores), strict=True):
+                torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)  # what is read at once differs
+    assert stores[0].stats()["summary_bytes"] == stores[1].stats()["summary_bytes"]
 
 
 # ---- whether there is room for them, asked before anything is stored ----

@@ -270,16 +270,10 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   }
   std::vector<int64_t> lengths_before;
   std::vector<int64_t> ends_before;  // in pages
-  std::vector<std::array<int64_t, kSummaryKinds>> summarised_before;
   for (Row& row : layer.rows) {
     lengths_before.push_back(row.length);
     ends_before.push_back(row.end_page());
-    if (!layer.keeps_any()) continue;
-    begin_summaries(layer, &row);
-    summarised_before.emplace_back();
-    for (int kind = 0; kind < kSummaryKinds; ++kind) {
-      summarised_before.back()[kind] = row.summaries[kind].end_page;
-    }
+    if (layer.keeps_any()) begin_summaries(layer, &row);
   }
   std::vector<ReplacedPage> replaced;
   int64_t token_total = 0;
@@ -307,7 +301,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
       row.length = lengths_before[i];
       while (row.end_page() > ends_before[i]) row.pages.pop_back();
       if (layer.keeps_any()) {
-        truncate_summaries(layer.geometry, &row, [&](int kind) { return summarised_before[i][kind]; });
+        truncate_summaries(layer.geometry, &row, [&](int kind) { return row.summaries[kind].end_before; });
       }
     }
     for (auto page = replaced.rbegin(); page != replaced.rend(); ++page) {
@@ -339,18 +333,22 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
     tokens.count = std::min(kPageTokens - tokens.slot, token_count - done);
     tokens.k = k + done * request.k_strides[2] * bytes;
     tokens.v = v + done * request.v_strides[2] * bytes;
-    if (tokens.count == kPageTokens && row->length / kPageTokens < tail) {
+    const int64_t page_index = row->length / kPageTokens;
+    // Room for what is kept about a page comes before the page: making it may fill the pages that are queued
+    // and send them away, and this one must not go before it is expected.
+    if (tokens.count == kPageTokens && page_index < tail) {
+      make_summary_room(*layer, row, page_index);
       Ref<Page> page = new_page(*row, stored);
-      if (row->pages.empty()) row->first_page = row->length / kPageTokens;
+      if (row->pages.empty()) row->first_page = page_index;
       row->pages.push_back(page);
       packer_->add({page, stored, true, tokens, nullptr, {}});
-      expect_summary(*layer, row, row->end_page() - 1, page.get());
+      expect_summary(*layer, row, page_index, page.get());
     } else {
       const bool completes = tokens.slot + tokens.count == kPageTokens && !geometry.quantised();
+      if (completes) make_summary_room(*layer, row, page_index);
       const Ref<Page> page = writable_tail(*layer, row, replaced);
       packer_->add({page, full_precision, completes, tokens, nullptr, {}});
-      // Behind that: making room for it must not send away the page that is to be filled.
-      if (completes) expect_summary(*layer, row, row->end_page() - 1, page.get());
+      if (completes) expect_summary(*layer, row, page_index, page.get());
     }
     row->length += tokens.count;
     if (packer_->queued_bytes() >= kPackBytes) finish_packing();
@@ -412,7 +410,9 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
     for (int64_t index = begin; index < first_tail_page(row.length); ++index) {
       Ref<Page>& place = row.pages[static_cast<size_t>(index - row.first_page)];
       if (place->quantised) continue;
+      make_summary_room(*layer, &row, index);
       Ref<Page>& page = quantised[place.get()];
+      bool converted = false;
       if (page == nullptr) {
         page = new_page(row, stored);
         if (place->evictable()) {
@@ -420,10 +420,12 @@ void Drive::quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_bef
         } else {  // on the drive, or on its way there: its memory may go before the packer comes to it
           const PageUse use{place.get(), static_cast<int64_t>(i), index};
           packer_->convert(page_image(*layer, use), full_precision, page->memory, stored);
-          seal(page);
+          converted = true;
         }
       }
       expect_summary(*layer, &row, index, page.get());
+      if (!page->pinned && !new_pages_.empty()) finish_packing();
+      if (converted) seal(page);
       replaced->push_back({&row, index, std::move(place)});
       place = page;
       if (packer_->queued_bytes() >= kPackBytes) finish_packing();

@@ -216,6 +216,7 @@ class Drive {
   static int64_t first_tail_page(int64_t length);
   static int64_t summarised_end(const Layer& layer, const Row& row);
   void begin_summaries(const Layer& layer, Row* row);
+  void make_summary_room(const Layer& layer, Row* row, int64_t index);
   void expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page);
   SummaryBlock* summary_block(const Layer& layer, SummaryKind kind, RowSummary* summary, int64_t page_index);
   void summarise_new_pages();

@@ -54,19 +54,18 @@ bool completes_block(const SummaryShape& shape, int64_t page_index) {
   return (page_index + 1) % shape.pages_per_block() == 0;
 }
 
-// Moves the end over the pages that follow it, and collects the blocks that this makes full.
-void close_gap(const SummaryShape& shape, RowSummary* summary, std::vector<SummaryBlock*>* full) {
-  std::vector<int64_t>& beyond = summary->beyond;
-  for (;;) {
-    const auto next = std::find(beyond.begin(), beyond.end(), summary->end_page);
-    if (next == beyond.end()) return;
-    *next = beyond.back();
-    beyond.pop_back();
-    if (completes_block(shape, summary->end_page)) {
-      full->push_back(summary->block(summary->end_page / shape.pages_per_block()).get());
-    }
-    summary->end_page++;
+// Whether all pages of a block are summarised. From the last on, which most often is not.
+bool is_whole(const SummaryShape& shape, const RowSummary& summary, int64_t block) {
+  const int64_t begin = std::max(block * shape.pages_per_block(), summary.end_page);
+  for (int64_t page = (block + 1) * shape.pages_per_block(); page-- > begin;) {
+    if (summary.beyond.count(page) == 0) return false;
   }
+  return true;
+}
+
+// Whether a page that is filled now is one that its row is to know of.
+bool wants_page(const RowSummary& summary, int64_t page_index) {
+  return summary.follows && page_index >= summary.end_page;
 }
 
 }  // namespace
@@ -92,22 +91,28 @@ void Drive::begin_summaries(const Layer& layer, Row* row) {
     const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
     summary.trim(row->pages.empty() ? row->length / kPageTokens : row->first_page, shape.pages_per_block());
     summary.beyond.clear();
+    summary.end_before = summary.end_page;
     summary.follows = layer.keeps[kind] && summary.end_page >= summarised_end(layer, *row);
   }
 }
 
 // Makes room for what is kept about a page that is about to be filled. Not always in order: a row's old tail
 // is quantised after the pages behind it.
-void Drive::expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page) {
-  if (!layer.keeps_any()) return;
-  bool wanted = false;
+void Drive::make_summary_room(const Layer& layer, Row* row, int64_t index) {
   for (int kind = 0; kind < kSummaryKinds; ++kind) {
-    RowSummary& summary = row->summaries[kind];
-    if (!summary.follows || index < summary.end_page) continue;
-    summary_block(layer, static_cast<SummaryKind>(kind), &summary, index);
-    wanted = true;
+    if (!layer.keeps[kind] || !wants_page(row->summaries[kind], index)) continue;
+    summary_block(layer, static_cast<SummaryKind>(kind), &row->summaries[kind], index);
   }
-  if (wanted) new_pages_.push_back({&layer, row, index, page});
+}
+
+// The page, for which there is room, is summarised once the queue is packed. One that is not in the queue any
+// more (rows share it) may leave memory at any time, if it has not yet: finish_packing() must come next.
+void Drive::expect_summary(const Layer& layer, Row* row, int64_t index, const Page* page) {
+  for (int kind = 0; kind < kSummaryKinds; ++kind) {
+    if (!layer.keeps[kind] || !wants_page(row->summaries[kind], index)) continue;
+    new_pages_.push_back({&layer, row, index, page});
+    return;
+  }
 }
 
 // The block that a page's members go into, which nobody else has, and which is being filled.
@@ -162,24 +167,28 @@ void Drive::summarise_new_pages() {
     SummaryBlock* block;
   };
   const Layer& layer = *new_pages_.front().layer;
+  // Only the last may have left memory: see expect_summary().
+  const NewPage& last = new_pages_.back();
+  const uint8_t* last_image = page_image(layer, {last.page, last.row - layer.rows.data(), last.index});
   for (int kind = 0; kind < kSummaryKinds; ++kind) {
     if (!layer.keeps[kind]) continue;
     const SummaryShape shape(layer.geometry, static_cast<SummaryKind>(kind));
     const Summariser summariser(kernels_, shape);
     std::vector<Item> items;
     std::vector<SummaryBlock*> full;
-    // A block of several pages keeps its members as they are until the append is sure to stand: codes would
-    // not give those of its earlier pages back.
-    const bool at_once = shape.pages_per_block() == 1;
     for (const NewPage& page : new_pages_) {
       RowSummary& summary = page.row->summaries[kind];
-      // One that rows share may have left memory meanwhile: its row catches up later.
-      if (!summary.follows || page.index < summary.end_page || page.page->memory == nullptr) continue;
+      if (!wants_page(summary, page.index)) continue;
+      const int64_t index = page.index / shape.pages_per_block();
+      SummaryBlock* block = summary.block(index).get();
       items.push_back({page.page->quantised ? layer.geometry.stored() : layer.geometry.full_precision(),
-                       page.page->memory, page.index,
-                       summary.block(page.index / shape.pages_per_block()).get()});
-      summary.beyond.push_back(page.index);
-      close_gap(shape, &summary, &full);
+                       &page == &last ? last_image : page.page->memory, page.index, block});
+      summary.beyond.insert(page.index);
+      // A block that was begun before keeps its members as they are until the append is sure to stand: codes
+      // would not give those of its earlier pages back.
+      const bool is_new = index * shape.pages_per_block() >= summary.end_before;
+      if (is_whole(shape, summary, index)) (is_new ? full : filled_blocks_[kind]).push_back(block);
+      while (summary.beyond.erase(summary.end_page) > 0) summary.end_page++;
     }
     const auto worker_count = static_cast<int>(std::clamp<int64_t>(
         std::min<int64_t>(static_cast<int64_t>(items.size()), shape.num_kv_heads), 1, pool_.worker_count()));
@@ -191,21 +200,15 @@ void Drive::summarise_new_pages() {
         for (const Item& item : items) {
           summariser.add(item.layout, item.image, item.index, h, own, item.block);
         }
-        if (at_once) {
-          for (SummaryBlock* block : full) summariser.finish(h, own, block);
-        }
+        for (SummaryBlock* block : full) summariser.finish(h, own, block);
       }
     });
-    if (at_once) {
-      for (SummaryBlock* block : full) block->turn();
-    } else {
-      filled_blocks_[kind].insert(filled_blocks_[kind].end(), full.begin(), full.end());
-    }
+    for (SummaryBlock* block : full) block->turn();
   }
   new_pages_.clear();
 }
 
-// At the end of an append that stands: the codes of the blocks that it made full.
+// At the end of an append that stands: the codes of the blocks that it made full and had not begun.
 void Drive::finish_summaries(const Layer& layer) {
   for (int kind = 0; kind < kSummaryKinds; ++kind) {
     std::vector<SummaryBlock*>& blocks = filled_blocks_[kind];

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <set>
 #include <vector>
 
 #include "base/memory_pool.h"
@@ -108,9 +109,10 @@ struct RowSummary {
   std::deque<Ref<SummaryBlock>, PoolAllocator<Ref<SummaryBlock>>> blocks;
   int64_t first_block = 0;
   int64_t end_page = 0;  // pages before it are summarised
-  std::vector<int64_t>
-      beyond;            // during an append: pages that are, behind a gap; it closes before the append ends
-  bool follows = false;  // during an append: nothing was missing before it
+  // During an append:
+  std::set<int64_t> beyond;  // pages that are, behind a gap; it closes before the append ends
+  int64_t end_before = 0;    // end_page when it began
+  bool follows = false;      // nothing was missing then
 
   const Ref<SummaryBlock>& block(int64_t index) const {
     return blocks[static_cast<size_t>(index - first_block)];
