@@ -3,12 +3,13 @@
 #   make run     virtual environment, build, then the main job on the bundled example
 #   make test    the same set-up, then the tests
 #
-# A second call does only what changed. Variables: PYTHON=python3.12, VENV=.venv, PYTEST_ARGS="-k cli",
-# BENCH_DIR=/nvme/kv, BENCH_ARGS="--rounds 5".
+# A second call does only what changed. Variables: PYTHON=python3.12, VENV=.venv, PYTEST_ARGS="-k cli", WORKERS=0 (tests in
+# one process, as a debugger wants them), BENCH_DIR=/nvme/kv, BENCH_ARGS="--rounds 5".
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 BENCH_DIR ?= build/bench
 BENCH_ARGS ?= --quick
 ACCURACY_ARGS ?= --quick
@@ -17,6 +18,10 @@ CLANG ?= clang++
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Passive: the models of the tests are tiny, and torch's waiting threads would spin on cores that others need. By file: what
+# a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PASSIVE := OMP_WAIT_POLICY=passive
 SANITIZED := $(MAKE) --silent -j$(shell nproc) -f tests/native/Makefile
 EXAMPLE := build/example
 FORCED_TESTS := tests/hf tests/test_attention.py tests/test_store.py tests/test_tensor.py tests/test_ops.py
@@ -47,18 +52,17 @@ run: build $(EXAMPLE)/model/prompts.jsonl
 	  --kv-dir $(EXAMPLE)/kv --output $(EXAMPLE)/output.jsonl $(EXAMPLE_FLAGS)
 	@$(BIN)/python tools/compare_with_memory.py $(EXAMPLE)/model $(EXAMPLE)/model/prompts.jsonl $(EXAMPLE)/output.jsonl
 
-# Passive: the models of the tests are tiny, and torch's waiting threads would spin on cores that others need.
 test: build
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PASSIVE) $(PYTEST) $(PYTEST_ARGS)
 
 # Everything that computes, again on each path that this machine would not choose by itself. Not avx512 where there is
 # avx512vnni: it differs in one instruction, and the tests of kernels and of attention run under each anyway.
 test-forced: build
 	@for simd in $$($(BIN)/python -c 'from torch_csd import ops; print(*[s for s in ops.supported_simd()[:-1] if s != "avx512"])'); do \
 	  echo "TORCH_CSD_SIMD=$$simd"; \
-	  OMP_WAIT_POLICY=passive TORCH_CSD_SIMD=$$simd $(BIN)/python -m pytest -q $(FORCED_TESTS) || exit 1; \
+	  $(PASSIVE) TORCH_CSD_SIMD=$$simd $(PYTEST) -q $(FORCED_TESTS) || exit 1; \
 	done
-	OMP_WAIT_POLICY=passive TORCH_CSD_IO_ENGINE=pread $(BIN)/python -m pytest -q $(FORCED_TESTS)
+	$(PASSIVE) TORCH_CSD_IO_ENGINE=pread $(PYTEST) -q $(FORCED_TESTS)
 
 # Any report fails it. What kernel and program share (io_uring's rings, buffers of requests) needed no suppression:
 # ThreadSanitizer sees only the program's side of it. It runs a tenth of the faults, at fifteen times the time of each.

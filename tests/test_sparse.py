@@ -48,12 +48,13 @@ def tail_begin(tokens: int, kind: str) -> int:
 
 def sparf_choice(q, k, *, channels, tokens, local=64, scale=None, step1_k=None):
     """As reference.sparf chooses: channels and tokens, bool, by kv head; and the least relative distance of a token
-    that it takes from one that it leaves."""
+    that it takes from one that it leaves; 0 if two channels are so near that rounding may tell them apart, or not."""
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1:3]
     grouped = q.double().reshape(batch, num_kv_heads, -1, head_dim)
     sizes = grouped.abs().sum(2)
-    largest = sizes.sort(dim=2, descending=True, stable=True).indices[:, :, :channels]
+    by_size = sizes.sort(dim=2, descending=True, stable=True)
+    largest = by_size.indices[:, :, :channels]
     kept = torch.zeros_like(sizes).scatter(2, largest, 1.0)
     share = (grouped.abs() * kept[:, :, None]).sum(3) / grouped.abs().sum(3)
     logits = (grouped * kept[:, :, None]) @ (k if step1_k is None else step1_k).double().mT
@@ -68,6 +69,9 @@ def sparf_choice(q, k, *, channels, tokens, local=64, scale=None, step1_k=None):
     if tokens < local_begin:
         taken, left = order.values[:, :, tokens - 1], order.values[:, :, tokens]
         margin = float(((taken - left) / taken).min())
+    if channels < head_dim:
+        taken, left = by_size.values[:, :, channels - 1], by_size.values[:, :, channels]
+        margin = margin if ((taken - left) > 1e-5 * taken).all() else 0.0
     return kept.bool(), chosen, margin
 
 
