@@ -886,9 +886,15 @@ void Drive::prefetch(int64_t layer_id, int64_t epoch, AttendRequest request, con
   Guesses& guesses = guesses_[layer_id];
   if (guesses.used_share < kGuessShareMin && ++guesses.skipped < kGuessEvery) return;
   guesses.skipped = 0;
+  guesses.begun_bytes = 0;
   PassContext with_tiles = context({layer_id, PassKind::kAttend});
   with_tiles.tiles = tiles_.get();
-  guesses.begun_bytes = csd::read_ahead_sparse(with_tiles, layer, request, sparse);
+  try {
+    guesses.begun_bytes = csd::read_ahead_sparse(with_tiles, layer, request, sparse);
+  } catch (const Error& error) {
+    // Who needs it reads it, and fails if that fails too.
+    if (error.kind() != ErrorKind::kStore) throw;
+  }
   guessed_bytes_ += guesses.begun_bytes;
 }
 

@@ -149,7 +149,7 @@ void PageStream::divide(int64_t slot_bytes) {
   slots_ = std::vector<Slot>(static_cast<size_t>(whole_count() + split_count * (kPartsPerSlot - 1)));
   free_parts_.assign(static_cast<size_t>(split_count), part_bits(kPartsPerSlot));
   free_.clear();
-  for (int whole = static_cast<int>(whole_count()); whole-- > 0;) free_.push_back(whole);
+  for (int whole = 0; whole < static_cast<int>(whole_count()); ++whole) free_.push_back(whole);
   partly_free_.clear();
   landed_.clear();
   landed_.reserve(slots_.size());
@@ -204,7 +204,7 @@ int PageStream::take_free(int64_t bytes) {
       }
       return slot;
     }
-    for (size_t i = free_.size(); i-- > 0;) {
+    for (size_t i = 0; i < free_.size(); ++i) {
       const int whole = free_[i];
       if (whole >= static_cast<int>(free_parts_.size())) continue;
       free_.erase(free_.begin() + static_cast<int64_t>(i));

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +103,16 @@ def test_what_cannot_be_guessed_for_is_an_error():
         torch_csd.guess_queries(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="wants attn_implementation='csd', got 'sdpa'"):
         torch_csd.guess_queries(model_of("llama", "sdpa"))
+
+
+def test_the_benchmark_runs_and_says_how_much_was_used(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[2] / "benchmarks" / "bench_guess.py"
+    options = ["--directory", str(tmp_path), "--quick", "--context", "512", "--memory-budget", "16MiB", "--json", "-"]
+    monkeypatch.setattr(sys, "argv", [str(path), *options])
+    with pytest.raises(SystemExit) as ended:
+        exec(compile(path.read_text(), path, "exec"), {"__name__": "__main__", "__doc__": "What it is.\n"})
+    assert ended.value.code == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 3 and all("of what was guessed was used; " in row["note"] for row in rows)
+    assert all(row["value"] > 0 and row["beside"][0]["name"] == "without guesses" for row in rows)
+    assert list(tmp_path.iterdir()) == []
