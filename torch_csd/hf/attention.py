@@ -134,7 +134,7 @@ def csd_attention(
     carry no value; `position_bias` is added to the logits; `indices` [batch, q_len, k] are the only keys that
     each query attends to.
     """
-    if _capture.active:
+    if not torch.compiler.is_compiling() and _capture.active:
         raise QueryCaptured(query, scaling, softcap)
     if block_indices is not None:
         raise NotImplementedError(

@@ -16,7 +16,7 @@ def guess_queries(model: PreTrainedModel) -> PreTrainedModel:
     """Has sparse caches of `model` begin to read for a layer while the one before it is still computing; returns it.
 
     The input of a layer's attention, put through the next layer's own query projection, is a guess at that layer's
-    queries: the residual stream changes little from layer to layer (InfiniGen, 2406.19707, section 4.3). What the guess
+    queries: the residual stream changes little from layer to layer (InfiniGen, 2406.19707). What the guess
     would choose is read meanwhile (`KVStore.prefetch`); the true queries choose as ever, so results are the same. It
     costs the next layer's q, k and v projections of the new tokens, and one more look at what pages are chosen by. A
     layer whose guesses are mostly wrong is left alone. Doing it again changes nothing.
@@ -59,9 +59,11 @@ def _attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def _guess(following: torch.nn.Module, module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     """After `module`: reads for `following`, by what its queries would be if nothing lay between the two."""
+    if torch.compiler.is_compiling():
+        return
     # By whatever name: past_key_values, layer_past.
     name, cache = next(((name, value) for name, value in kwargs.items() if isinstance(value, StorageCache)), ("", None))
-    if cache is None or torch.compiler.is_compiling():
+    if cache is None:
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     layer = cache.layers[following.layer_idx] if following.layer_idx < len(cache.layers) else None
