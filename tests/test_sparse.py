@@ -570,6 +570,8 @@ def test_nothing_is_read_for_a_guess_where_nothing_would_be_chosen(make_store):
         assert bytes_read(store, lambda store=store: store.prefetch(0, q.repeat(1, 1, 20, 1))) == 0
     with pytest.raises(ValueError, match="q's head_dim"):
         store.prefetch(0, q[..., :8], sparse=sparse)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        store.prefetch(0, q, softcap=-1.0, sparse=sparse)
     with pytest.raises(TypeError, match="sparse must be"):
         store.prefetch(0, q, sparse=0.5)
     store.close()

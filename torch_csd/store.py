@@ -620,7 +620,7 @@ class KVStore:
             row_begin=as_int(row_begin, "row_begin", low=0),
             kv_begin=-1 if kv_begin is None else as_int(kv_begin, "kv_begin", low=0),
             kv_end=-1 if kv_end is None else as_int(kv_end, "kv_end", low=0),
-            sparse=self._sparse if isinstance(sparse, str) and sparse == "default" else check_sparse(sparse),
+            sparse=self._sparse_or_default(sparse),
         )
         if not return_missing:
             return out, lse
@@ -652,9 +652,8 @@ class KVStore:
             ValueError: shapes or settings that do not fit. StoreClosedError: the store is closed.
         """
         stored = self.layer(layer)
-        if q.dim() != 4:
-            raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
-        sparse = self._sparse if isinstance(sparse, str) and sparse == "default" else check_sparse(sparse)
+        _check_query(q, softcap)
+        sparse = self._sparse_or_default(sparse)
         if sparse is None or q.shape[2] > QUERIES_MAX:
             return
         ops.prefetch(
@@ -709,6 +708,9 @@ class KVStore:
         self._check_open()
         return ops.stats(self._drive.handle)
 
+    def _sparse_or_default(self, sparse: Sparse | str | None) -> Sparse | None:
+        return self._sparse if isinstance(sparse, str) and sparse == "default" else check_sparse(sparse)
+
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise StoreClosedError("this store is closed; open a new one")
@@ -761,6 +763,13 @@ def _ints(values: Sequence[int] | Tensor, name: str, *, low: int = -(2**62)) -> 
     return [as_int(value, name, low=low) for value in values]
 
 
+def _check_query(q: Tensor, softcap: float | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None, got {softcap}")
+
+
 def attend_layer(
     handle: Tensor,
     q: Tensor,
@@ -780,14 +789,11 @@ def attend_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:meth:`KVStore.attend` on a bare handle, which is all that a StorageTensor has: out, lse, and if it was sparse
     what is missing."""
-    if q.dim() != 4:
-        raise ValueError(f"q must be [batch, num_heads, q_len, head_dim], got shape {list(q.shape)}")
+    _check_query(q, softcap)
     if causal not in CAUSAL:
         raise ValueError(f'causal must be False, True, "lower_right" or "upper_left", got {causal!r}')
     if window is not None:
         window = as_int(window, "window in tokens", low=1)
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, or None, got {softcap}")
     if mask is not None:
         if mask.dim() > 4:
             raise ValueError(f"mask must have at most 4 dimensions, got shape {list(mask.shape)}")
