@@ -323,26 +323,18 @@ Tensor layer_info(const Tensor& handle) {
   return info_tensor(source.drive->info(source.layer));
 }
 
-// Returns what layer_info would at the moment of the append, so that no call of it is needed after.
-Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
-              std::optional<std::vector<int64_t>> lengths) {
-  const Handle target = open_handle(handle);
-  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
-  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
-  const Geometry geometry = target.drive->geometry(target.layer);
-  for (const Tensor* tensor : {&k_any, &v_any}) {
-    const char* what = tensor == &k_any ? "k's num_kv_heads" : "v's num_kv_heads";
+// New tokens for a layer of this geometry; k and v are dense in their last dimension.
+AppendRequest append_request(const Geometry& geometry, const Tensor& k, const Tensor& v) {
+  for (const Tensor* tensor : {&k, &v}) {
+    const char* what = tensor == &k ? "k's num_kv_heads" : "v's num_kv_heads";
     check_width(tensor->size(1), geometry.num_kv_heads, what);
   }
-  check_width(k_any.size(3), geometry.head_dim_k, "k's head_dim");
-  check_width(v_any.size(3), geometry.head_dim_v, "v's head_dim");
-  if (k_any.size(0) != v_any.size(0) || k_any.size(2) != v_any.size(2) ||
-      k_any.scalar_type() != v_any.scalar_type()) {
-    fail("k and v must agree in batch, tokens and dtype, got batch " + text(k_any.size(0)) + " and " +
-         text(v_any.size(0)) + ", tokens " + text(k_any.size(2)) + " and " + text(v_any.size(2)));
+  check_width(k.size(3), geometry.head_dim_k, "k's head_dim");
+  check_width(v.size(3), geometry.head_dim_v, "v's head_dim");
+  if (k.size(0) != v.size(0) || k.size(2) != v.size(2) || k.scalar_type() != v.scalar_type()) {
+    fail("k and v must agree in batch, tokens and dtype, got batch " + text(k.size(0)) + " and " +
+         text(v.size(0)) + ", tokens " + text(k.size(2)) + " and " + text(v.size(2)));
   }
-  const Tensor k = dense_last(k_any);
-  const Tensor v = dense_last(v_any);
   AppendRequest request;
   request.dtype = to_dtype(k.scalar_type(), "k");
   request.row_count = k.size(0);
@@ -354,6 +346,18 @@ Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
     request.v_strides[i] = v.stride(i);
   }
   if (request.row_count < 1) fail("append: the batch must have at least one row");
+  return request;
+}
+
+// Returns what layer_info would at the moment of the append, so that no call of it is needed after.
+Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
+              std::optional<std::vector<int64_t>> lengths) {
+  const Handle target = open_handle(handle);
+  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
+  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
+  const Tensor k = dense_last(k_any);
+  const Tensor v = dense_last(v_any);
+  AppendRequest request = append_request(target.drive->geometry(target.layer), k, v);
   if (lengths.has_value()) {
     if (static_cast<int64_t>(lengths->size()) != request.row_count) {
       fail("lengths must have one entry per row (" + text(request.row_count) + "), got " +
@@ -393,13 +397,102 @@ void flush(const Tensor& drive) {
   warn_about(target.drive.get());
 }
 
-// ---- what outlives the process ----
-
 void check_bytes(const Tensor& bytes, const char* what) {
   if (bytes.scalar_type() != ScalarType::Byte || !bytes.is_contiguous() || !bytes.is_cpu()) {
     fail(std::string(what) + " must be a contiguous uint8 CPU tensor");
   }
 }
+
+// ---- pages that somebody outside works with ----
+
+// [pages, 5]: page (a number that tells it from others while it is leased), row, index, file offset or -1,
+// checksum
+Tensor uses_tensor(const std::vector<LeasedUse>& uses) {
+  Tensor result = new_tensor({static_cast<int64_t>(uses.size()), 5}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const LeasedUse& use : uses) {
+    *values++ = reinterpret_cast<int64_t>(use.where.page);
+    *values++ = use.row;
+    *values++ = use.index;
+    *values++ = use.where.file_offset;
+    *values++ = use.where.checksum;
+  }
+  return result;
+}
+
+Tensor lease(const Tensor& lease, const Tensor& handle, int64_t row_begin, int64_t row_count,
+             int64_t kv_begin, int64_t kv_end) {
+  const Handle source = open_handle(handle);
+  Span span;
+  span.row_begin = row_begin;
+  span.row_count = row_count;
+  span.kv_begin = kv_begin;
+  span.kv_end = kv_end;
+  return uses_tensor(source.drive->lease(handle_values(lease)[1], source.layer, source.epoch, span));
+}
+
+// Memory for `count` pages of page_bytes each, from a byte on.
+uint8_t* pages_at(const Tensor& memory, int64_t offset, size_t count, int64_t page_bytes) {
+  check_bytes(memory, "memory");
+  const auto bytes = static_cast<int64_t>(count) * page_bytes;
+  if (offset < 0 || page_bytes < 0 || bytes > memory.numel() - offset) {
+    fail("wanted " + text(bytes) + " bytes of memory from byte " + text(offset) + " on, it has " +
+         text(memory.numel()));
+  }
+  return static_cast<uint8_t*>(memory.mutable_data_ptr()) + offset;
+}
+
+// [pages, 2]: file offset, or -1 for those that were copied, and checksum
+Tensor copy_leased(const Tensor& lease, std::vector<int64_t> places, const Tensor& target, int64_t offset) {
+  const Handle handle = open_handle(lease);
+  uint8_t* memory = pages_at(target, offset, places.size(), handle.drive->leased_page_bytes(handle.layer));
+  const std::vector<LeasedPage> found = handle.drive->copy_leased(handle.layer, places, memory);
+  Tensor result = new_tensor({static_cast<int64_t>(found.size()), 2}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const LeasedPage& page : found) {
+    *values++ = page.file_offset;
+    *values++ = page.checksum;
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> append_reserved(const Tensor& lease, const Tensor& handle, const Tensor& k_any,
+                                           const Tensor& v_any, int64_t reserved_begin,
+                                           int64_t reserved_count) {
+  const Handle target = open_handle(handle);
+  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
+  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
+  const Tensor k = dense_last(k_any);
+  const Tensor v = dense_last(v_any);
+  AppendRequest request = append_request(target.drive->geometry(target.layer), k, v);
+  if (reserved_begin < 0 || reserved_begin > request.q_len || reserved_count < 0) {
+    fail("append: reserved tokens must begin within k's " + text(request.q_len) + ", got " +
+         text(reserved_begin));
+  }
+  request.reserved_begin = reserved_begin;
+  request.reserved_count = reserved_count;
+  const auto [info, uses] = target.drive->append_reserved(handle_values(lease)[1], target.layer, request);
+  warn_about(target.drive.get());
+  return {info_tensor(info), uses_tensor(uses)};
+}
+
+void fill_reserved(const Tensor& lease, std::vector<int64_t> places, const Tensor& source, int64_t offset) {
+  const Handle handle = open_handle(lease);
+  const int64_t page_bytes = handle.drive->leased_page_bytes(handle.layer);
+  handle.drive->fill_reserved(handle.layer, places, pages_at(source, offset, places.size(), page_bytes));
+}
+
+void finish_reserved(const Tensor& lease, std::vector<int64_t> places, std::vector<int64_t> checksums) {
+  const Handle handle = open_handle(lease);
+  handle.drive->finish_reserved(handle.layer, places, checksums);
+}
+
+void end_lease(const Tensor& lease) {
+  const Handle handle = open_handle(lease);
+  handle.drive->end_lease(handle.layer);
+}
+
+// ---- what outlives the process ----
 
 std::vector<PageEntry> entries_of(const Tensor& bytes, int64_t file_bytes) {
   check_bytes(bytes, "entries");
@@ -733,6 +826,16 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("keep_summary(Tensor(a!) handle, int kind) -> ()");
   m.def("layer_info(Tensor handle) -> Tensor");
   m.def("append(Tensor(a!) handle, Tensor k, Tensor v, int[]? lengths=None) -> Tensor");
+  m.def(
+      "lease(Tensor(a!) lease, Tensor handle, int row_begin, int row_count, int kv_begin, int kv_end) -> "
+      "Tensor");
+  m.def("copy_leased(Tensor lease, int[] places, Tensor(a!) target, int offset) -> Tensor");
+  m.def(
+      "append_reserved(Tensor(a!) lease, Tensor(b!) handle, Tensor k, Tensor v, int reserved_begin, int "
+      "reserved_count) -> (Tensor, Tensor)");
+  m.def("fill_reserved(Tensor(a!) lease, int[] places, Tensor source, int offset) -> ()");
+  m.def("finish_reserved(Tensor(a!) lease, int[] places, int[] checksums) -> ()");
+  m.def("end_lease(Tensor(a!) lease) -> ()");
   m.def("truncate(Tensor(a!) handle, int[] lengths) -> ()");
   m.def("trim(Tensor(a!) handle, int begin) -> ()");
   m.def("reorder(Tensor(a!) handle, int[] index) -> ()");
@@ -796,6 +899,12 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("keep_summary", TORCH_BOX(&csd::ops::keep_summary));
   m.impl("layer_info", TORCH_BOX(&csd::ops::layer_info));
   m.impl("append", TORCH_BOX(&csd::ops::append));
+  m.impl("lease", TORCH_BOX(&csd::ops::lease));
+  m.impl("copy_leased", TORCH_BOX(&csd::ops::copy_leased));
+  m.impl("append_reserved", TORCH_BOX(&csd::ops::append_reserved));
+  m.impl("fill_reserved", TORCH_BOX(&csd::ops::fill_reserved));
+  m.impl("finish_reserved", TORCH_BOX(&csd::ops::finish_reserved));
+  m.impl("end_lease", TORCH_BOX(&csd::ops::end_lease));
   m.impl("truncate", TORCH_BOX(&csd::ops::truncate));
   m.impl("trim", TORCH_BOX(&csd::ops::trim));
   m.impl("reorder", TORCH_BOX(&csd::ops::reorder));

@@ -150,6 +150,65 @@ def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None =
     return LayerState(epoch, begin, lengths)
 
 
+# ---- pages that somebody outside of the drive works with ---------------------------------------------------------
+
+_lease_numbers = itertools.count()
+
+# Columns of a table of leased pages, int64. PAGE: a number that tells it from others while it is leased; rows may share
+# one. FILE_OFFSET: -1 if it is in memory. CHECKSUM: of its bytes on the drive.
+PAGE, ROW, INDEX, FILE_OFFSET, CHECKSUM = range(5)
+
+
+def new_lease(drive: Tensor) -> Tensor:
+    """The handle of a lease that is still to be taken: ``drive`` is the handle of a drive or of a layer."""
+    return torch.tensor([int(drive[0]), next(_lease_numbers), -1])
+
+
+def lease(lease: Tensor, handle: Tensor, *, row_begin: int, row_count: int, kv_begin: int, kv_end: int) -> Tensor:
+    """The full pages of a span of a layer, ``[pages, 5]``: they stay as they are until :func:`end_lease`.
+
+    By row and index; each row's up to the first that may still change.
+    """
+    return _call(_ops.lease, lease, handle, row_begin, row_count, kv_begin, kv_end)
+
+
+def copy_leased(lease: Tensor, places: Sequence[int], target: Tensor, offset: int) -> Tensor:
+    """Copies pages of a lease (by place in its table) to ``target``, uint8, one behind another from ``offset`` on.
+
+    Only those that are in memory: the others' places are left. Returns ``[pages, 2]``: -1 or the file offset, checksum.
+    """
+    return _call(_ops.copy_leased, lease, list(places), target, offset)
+
+
+def append_reserved(
+    lease: Tensor, handle: Tensor, k: Tensor, v: Tensor, *, reserved_begin: int, reserved_count: int
+) -> tuple[LayerState, Tensor]:
+    """:func:`append` of k and v with ``reserved_count`` tokens more from token ``reserved_begin`` of the append on.
+
+    Those take whole pages, which the caller fills: the lease's table, by row and index, tells where each is to go.
+    Nothing else can be done to the layer before each of them was given to :func:`fill_reserved` (in memory) or
+    :func:`finish_reserved` (on the drive).
+    """
+    state, table = _call(_ops.append_reserved, lease, handle, k, v, reserved_begin, reserved_count)
+    epoch, begin, *lengths = state.tolist()
+    return LayerState(epoch, begin, lengths), table
+
+
+def fill_reserved(lease: Tensor, places: Sequence[int], source: Tensor, offset: int) -> None:
+    """The bytes of reserved pages in memory: ``source``, uint8, has them one behind another from ``offset`` on."""
+    _call(_ops.fill_reserved, lease, list(places), source, offset)
+
+
+def finish_reserved(lease: Tensor, places: Sequence[int], checksums: Sequence[int]) -> None:
+    """Reserved pages of the drive are written; their checksums."""
+    _call(_ops.finish_reserved, lease, list(places), list(checksums))
+
+
+def end_lease(lease: Tensor) -> None:
+    """Idempotent. An append whose reserved pages are not all filled is undone."""
+    _call(_ops.end_lease, lease)
+
+
 def truncate(handle: Tensor, lengths: Sequence[int]) -> None:
     _call(_ops.truncate, handle, list(lengths))
 

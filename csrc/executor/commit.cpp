@@ -194,7 +194,7 @@ std::vector<LayerTable> Drive::commit(int64_t snapshot_id, const std::vector<int
   std::vector<Ref<Extent>> held;
   try {
     for (const int64_t layer_id : layer_ids) {
-      for (const Row& row : find(layer_id).rows) {
+      for (const Row& row : find_settled(layer_id).rows) {
         for (const Ref<Page>& page : row.pages) {
           if (!page->writable()) continue;
           if (page->sealed) {
@@ -258,7 +258,7 @@ std::vector<BadPage> Drive::verify(int64_t layer_id) {
   std::lock_guard<FairMutex> lock(mutex_);
   settle_writes();
   std::vector<BadPage> bad;
-  const Layer& layer = find(layer_id);
+  const Layer& layer = find_settled(layer_id);
   for (size_t i = 0; i < layer.rows.size(); ++i) {
     const Row& row = layer.rows[i];
     for (int64_t begin = row.first_page, end; begin < row.end_page(); begin = end) {

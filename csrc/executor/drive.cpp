@@ -117,6 +117,7 @@ Drive::~Drive() {
   writer_.reset();
   stream_.reset();
   tiles_.reset();
+  leases_.clear();
   layers_.clear();  // pages give their memory back before the arena goes
   snapshots_.clear();
   engine_.reset();
@@ -206,7 +207,7 @@ void Drive::create_layer(int64_t layer_id, const Geometry& geometry, int64_t num
 void Drive::fork_layer(int64_t layer_id, int64_t source_id) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  Layer copy = find(source_id);
+  Layer copy = find_settled(source_id);
   for (Row& row : copy.rows) row.home = new_home(copy.geometry);
   layers_[layer_id] = std::move(copy);
   ahead_.forget(layer_id);
@@ -255,7 +256,26 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   check_process();
   check_writable();
   std::lock_guard<FairMutex> lock(mutex_);
-  Layer& layer = find(layer_id);
+  return append_locked(&find_settled(layer_id), request, nullptr);
+}
+
+std::pair<LayerInfo, std::vector<LeasedUse>> Drive::append_reserved(int64_t lease_id, int64_t layer_id,
+                                                                    const AppendRequest& request) {
+  check_process();
+  check_writable();
+  std::lock_guard<FairMutex> lock(mutex_);
+  Layer& layer = find_settled(layer_id);
+  Lease lease;
+  lease.layer_id = layer_id;
+  lease.page_bytes = layer.geometry.stored().page_bytes();
+  for (const Row& row : layer.rows) lease.lengths_before.push_back(row.length);
+  LayerInfo info = append_locked(&layer, request, &lease);
+  return {std::move(info), hold_reserved(lease_id, &layer, std::move(lease))};
+}
+
+// lease: of the pages that are reserved; null: none are.
+LayerInfo Drive::append_locked(Layer* layer_of, const AppendRequest& request, Lease* lease) {
+  Layer& layer = *layer_of;
   settle_writes();
   if (options_.read_ahead_bytes < 0) divide_budget(layer, request.row_count);
   const bool was_empty = layer.rows.empty();
@@ -268,12 +288,25 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
                                        " rows, got a batch of " + text(request.row_count) +
                                        "; reorder() or free() the layer to change its batch");
   }
+  if (lease != nullptr) {
+    try {
+      check_reserved(layer, request);
+    } catch (...) {
+      if (was_empty) layer.rows.clear();
+      throw;
+    }
+  }
   std::vector<int64_t> lengths_before;
   std::vector<int64_t> ends_before;  // in pages
   for (Row& row : layer.rows) {
     lengths_before.push_back(row.length);
     ends_before.push_back(row.end_page());
-    if (layer.keeps_any()) begin_summaries(layer, &row);
+    if (!layer.keeps_any()) continue;
+    begin_summaries(layer, &row);
+    // Whoever chooses pages catches up once they have their bytes.
+    if (lease != nullptr) {
+      for (RowSummary& summary : row.summaries) summary.follows = false;
+    }
   }
   std::vector<ReplacedPage> replaced;
   int64_t token_total = 0;
@@ -281,7 +314,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
   try {
     for (int64_t i = 0; i < request.row_count; ++i) {
       const int64_t token_count = request.lengths != nullptr ? request.lengths[i] : request.q_len;
-      append_row(&layer, &layer.rows[static_cast<size_t>(i)], request, i, token_count, &replaced);
+      append_row(&layer, &layer.rows[static_cast<size_t>(i)], request, i, token_count, &replaced, lease);
       token_total += token_count;
     }
     finish_packing();
@@ -290,7 +323,7 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
     writer_->flush();
     settle_writes();
     finish_summaries(layer);
-    appended_tokens_ += token_total;
+    appended_tokens_ += token_total + (lease != nullptr ? request.row_count * request.reserved_count : 0);
   } catch (...) {
     packer_->cancel([this](const Packer::Job& job) { list_again(job); });
     new_pages_.clear();
@@ -315,11 +348,12 @@ LayerInfo Drive::append(int64_t layer_id, const AppendRequest& request) {
 }
 
 void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index,
-                       int64_t token_count, std::vector<ReplacedPage>* replaced) {
+                       int64_t token_count, std::vector<ReplacedPage>* replaced, Lease* lease) {
   const Geometry& geometry = layer->geometry;
   const PageLayout stored = geometry.stored();
   const PageLayout full_precision = geometry.full_precision();
-  const int64_t tail = geometry.quantised() ? first_tail_page(row->length + token_count) : 0;
+  const int64_t reserved = lease == nullptr ? 0 : request.reserved_count;
+  const int64_t tail = geometry.quantised() ? first_tail_page(row->length + token_count + reserved) : 0;
   const int64_t bytes = element_bytes(request.dtype);
   const auto* k = static_cast<const uint8_t*>(request.k) + index * request.k_strides[0] * bytes;
   const auto* v = static_cast<const uint8_t*>(request.v) + index * request.v_strides[0] * bytes;
@@ -327,10 +361,19 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
   tokens.dtype = request.dtype;
   std::copy_n(request.k_strides + 1, 2, tokens.k_strides);
   std::copy_n(request.v_strides + 1, 2, tokens.v_strides);
-  row->home->stream.expect((token_count + kPageTokens - 1) / kPageTokens);
+  row->home->stream.expect((token_count + reserved + kPageTokens - 1) / kPageTokens);
+  const auto reserve = [&](int64_t done) {
+    if (reserved > 0 && done == request.reserved_begin) {
+      reserve_pages(*layer, row, index, reserved / kPageTokens, lease);
+    }
+  };
   for (int64_t done = 0; done < token_count; done += tokens.count) {
+    reserve(done);
     tokens.slot = row->length % kPageTokens;
     tokens.count = std::min(kPageTokens - tokens.slot, token_count - done);
+    if (reserved > 0 && done < request.reserved_begin) {
+      tokens.count = std::min(tokens.count, request.reserved_begin - done);
+    }
     tokens.k = k + done * request.k_strides[2] * bytes;
     tokens.v = v + done * request.v_strides[2] * bytes;
     const int64_t page_index = row->length / kPageTokens;
@@ -353,6 +396,7 @@ void Drive::append_row(Layer* layer, Row* row, const AppendRequest& request, int
     row->length += tokens.count;
     if (packer_->queued_bytes() >= kPackBytes) finish_packing();
   }
+  reserve(token_count);
 }
 
 Ref<Page> Drive::new_page(const Row& row, const PageLayout& layout) {
@@ -664,7 +708,7 @@ int Drive::read_bytes(int64_t file_offset, int64_t byte_count, const uint8_t** b
 void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  Layer& layer = find(layer_id);
+  Layer& layer = find_settled(layer_id);
   const bool one_for_all = lengths.size() == 1;
   if (!one_for_all && lengths.size() != layer.rows.size()) {
     throw Error(ErrorKind::kValue, "truncate: wanted one length or one per row (" +
@@ -685,11 +729,8 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
     const int64_t length = lengths[one_for_all ? 0 : i];
     if (length >= row.length) continue;
     pages_gone += row.pages.size();
-    row.truncate(length);
+    truncate_row(layer, &row, length);
     pages_gone -= row.pages.size();
-    if (layer.keeps_any())
-      truncate_summaries(layer.geometry, &row, [&](int) { return length / kPageTokens; });
-    if (row.pages.empty()) row.home->stream.restart();
     shortened = true;
   }
   if (!shortened) return;
@@ -698,10 +739,16 @@ void Drive::truncate(int64_t layer_id, const std::vector<int64_t>& lengths) {
   stream_->release_unused();
 }
 
+void Drive::truncate_row(const Layer& layer, Row* row, int64_t length) {
+  row->truncate(length);
+  if (layer.keeps_any()) truncate_summaries(layer.geometry, row, [&](int) { return length / kPageTokens; });
+  if (row->pages.empty()) row->home->stream.restart();
+}
+
 void Drive::trim(int64_t layer_id, int64_t begin) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  Layer& layer = find(layer_id);
+  Layer& layer = find_settled(layer_id);
   for (const Row& row : layer.rows) {
     if (begin > row.length) {
       throw Error(ErrorKind::kValue, "trim: begin must not lie behind a row's end (" + text(row.length) +
@@ -728,7 +775,7 @@ void Drive::trim(int64_t layer_id, int64_t begin) {
 void Drive::reorder(int64_t layer_id, const std::vector<int64_t>& index) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  Layer& layer = find(layer_id);
+  Layer& layer = find_settled(layer_id);
   const auto row_count = static_cast<int64_t>(layer.rows.size());
   bool identity = static_cast<int64_t>(index.size()) == row_count;
   for (size_t i = 0; i < index.size(); ++i) {
@@ -824,7 +871,7 @@ void Drive::check_mask(const Layer& layer, const AttendRequest& request) const {
 
 // What every attention begins with; the lock is held.
 Layer& Drive::begin_attend(int64_t layer_id, int64_t epoch, AttendRequest* request) {
-  Layer& layer = find(layer_id);
+  Layer& layer = find_settled(layer_id);
   if (request->span.kv_begin == -1) request->span.kv_begin = layer.begin;
   check_span(layer, epoch, request->span);
   check_mask(layer, *request);
@@ -871,7 +918,7 @@ void Drive::prefetch(int64_t layer_id, int64_t epoch, AttendRequest request, con
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
   if (options_.read_ahead_bytes == 0) return;
-  const Layer& layer = find(layer_id);
+  const Layer& layer = find_settled(layer_id);
   if (request.span.kv_begin == -1) request.span.kv_begin = layer.begin;
   check_span(layer, epoch, request.span);
   if (layer.restored) return;
@@ -942,7 +989,7 @@ void Drive::run_pass(PassKey key, int64_t epoch, const Request& request,
                      void (*pass)(const PassContext&, const Layer&, const Request&)) {
   check_process();
   std::lock_guard<FairMutex> lock(mutex_);
-  const Layer& layer = find(key.layer_id);
+  const Layer& layer = find_settled(key.layer_id);
   check_span(layer, epoch, request.span);
   pass(context(key), layer, request);
 }
@@ -1033,6 +1080,7 @@ std::string Drive::stats_json() {
   json +=
       fraction("missing_mass_mean", missing_sum_ / static_cast<double>(std::max<int64_t>(1, missing_count_)));
   json += fraction("missing_mass_max", missing_max_);
+  json += number("leased_copy_bytes", leased_copy_bytes_);
   json += number("appended_tokens", appended_tokens_);
   json += number("tail_spills", tail_spills_);
   json += seconds("io_wait_s", counters.io_wait_ns);

@@ -18,8 +18,10 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "base/error.h"
 #include "base/fair_mutex.h"
 #include "base/memory_pool.h"
 #include "base/ref.h"
@@ -86,6 +88,41 @@ struct AppendRequest {
   int64_t k_strides[3] = {0, 0, 0};
   int64_t v_strides[3] = {0, 0, 0};
   const int64_t* lengths = nullptr;  // [row_count] tokens of each row that count; null: all q_len
+  // Tokens of each row whose pages the holder of a lease fills, from this token of the append on: k and v
+  // leave them out, and q_len does not count them. Whole pages.
+  int64_t reserved_begin = 0;
+  int64_t reserved_count = 0;
+};
+
+// Where a page is now.
+struct LeasedPage {
+  const Page* page = nullptr;  // identifies it as long as a lease has it
+  int64_t file_offset = -1;    // -1: in memory
+  uint32_t checksum = 0;       // of what is on the drive
+};
+
+// One page of one row; rows share some.
+struct LeasedUse {
+  int64_t row = 0;
+  int64_t index = 0;
+  LeasedPage where;
+};
+
+// Pages that somebody outside of the drive works with: they stay as they are, and so does their place.
+struct Lease {
+  int64_t layer_id = 0;
+  int64_t page_bytes = 0;  // of each of them
+  std::vector<Ref<Page>> pages;
+  // Of pages whose bytes are still to come.
+  std::vector<std::pair<int64_t, int64_t>> places;  // row, index
+  std::vector<int64_t> lengths_before;  // of the rows, when they were reserved; empty: there were none
+  int64_t arriving = 0;
+  int64_t memory_bytes = 0;  // of these, in memory
+
+  const Ref<Page>& at(int64_t place) const {
+    CSD_CHECK(place >= 0 && place < static_cast<int64_t>(pages.size()), "a lease has no such page");
+    return pages[static_cast<size_t>(place)];
+  }
 };
 
 // What an append of so many tokens to each row of some layers, all of one geometry, would have to summarise.
@@ -140,6 +177,27 @@ class Drive {
   void scores(int64_t layer_id, int64_t epoch, const ScoresRequest& request);
   void weighted_sum(int64_t layer_id, int64_t epoch, const WeightedSumRequest& request);
   void read(int64_t layer_id, int64_t epoch, const ReadRequest& request);
+
+  // ---- pages that somebody outside works with (leases.cpp), a card for one. Leases are numbered by the
+  // caller. ----
+
+  // The full pages of a span, by row and index, each row's up to the first that may still change.
+  std::vector<LeasedUse> lease(int64_t lease_id, int64_t layer_id, int64_t epoch, const Span& span);
+  int64_t leased_page_bytes(int64_t lease_id);
+  // Copies those of these pages of a lease that are in memory, each to its place in target; the others'
+  // places are left as they are. Returns where each was.
+  std::vector<LeasedPage> copy_leased(int64_t lease_id, const std::vector<int64_t>& places, uint8_t* target);
+  // As append(), of more tokens: pages are reserved for them, and nothing else can be done to the layer until
+  // they have their bytes.
+  std::pair<LayerInfo, std::vector<LeasedUse>> append_reserved(int64_t lease_id, int64_t layer_id,
+                                                               const AppendRequest& request);
+  // Bytes of reserved pages that are in memory, one after another.
+  void fill_reserved(int64_t lease_id, const std::vector<int64_t>& places, const uint8_t* source);
+  // Reserved pages that have a place on the drive are there.
+  void finish_reserved(int64_t lease_id, const std::vector<int64_t>& places,
+                       const std::vector<int64_t>& checksums);
+  // Idempotent. If reserved pages lack their bytes, the rows are as long as before the append.
+  void end_lease(int64_t lease_id);
 
   // ---- what outlives the process (commit.cpp). A snapshot keeps the space of what a catalogue names. ----
 
@@ -198,6 +256,14 @@ class Drive {
   };
 
   Layer& find(int64_t layer_id);
+  Layer& find_settled(int64_t layer_id);
+  Lease& find_lease(int64_t lease_id);
+  static LeasedPage describe(const Page& page);
+  void check_reserved(const Layer& layer, const AppendRequest& request) const;
+  void reserve_pages(const Layer& layer, Row* row, int64_t row_index, int64_t count, Lease* lease);
+  std::vector<LeasedUse> hold_reserved(int64_t lease_id, Layer* layer, Lease lease);
+  void note_arrived(Lease* lease, int64_t memory_bytes);
+  static void truncate_row(const Layer& layer, Row* row, int64_t length);
   void open_file();
   static const Ref<Extent>& extent_at(const std::vector<Ref<Extent>>& extents, int64_t file_offset);
   void check_writable() const;
@@ -206,8 +272,9 @@ class Drive {
   void check_process() const;
   Row new_row(const Geometry& geometry);
   Ref<Home> new_home(const Geometry& geometry);
+  LayerInfo append_locked(Layer* layer, const AppendRequest& request, Lease* lease);
   void append_row(Layer* layer, Row* row, const AppendRequest& request, int64_t index, int64_t token_count,
-                  std::vector<ReplacedPage>* replaced);
+                  std::vector<ReplacedPage>* replaced, Lease* lease);
   Ref<Page> new_page(const Row& row, const PageLayout& layout);
   const Ref<Page>& writable_tail(const Layer& layer, Row* row, std::vector<ReplacedPage>* replaced);
   void quantise_tails(Layer* layer, const std::vector<int64_t>& lengths_before,
@@ -287,6 +354,10 @@ class Drive {
   std::vector<NewPage> new_pages_;                                       // of the append that runs
   std::array<std::vector<SummaryBlock*>, kSummaryKinds> filled_blocks_;  // by it
   AlignedBuffer summary_scratch_;
+
+  std::map<int64_t, Lease> leases_;
+  int64_t arriving_memory_bytes_ = 0;  // of pages in memory that lack their bytes
+  int64_t leased_copy_bytes_ = 0;
 
   std::map<int64_t, Guesses> guesses_;
   int64_t guessed_bytes_ = 0;

@@ -103,6 +103,7 @@ struct Layer {
       0;  // changes whenever a token that could be read before cannot be read at its place any more
   int64_t number = -1;    // the caller's, for errors to name; -1: it gave none
   bool restored = false;  // from a catalogue, and not attended to yet
+  int64_t arriving = 0;   // pages that lack their bytes: see Drive::append_reserved
   std::array<bool, kSummaryKinds>
       keeps{};  // by kind: summaries of the pages that fill; for good once asked for
   bool keeps_any() const { return keeps[0] || keeps[1] || keeps[2]; }
