@@ -17,6 +17,7 @@ from torch_csd import reference
 from torch_csd.dispatch import attention
 from torch_csd.durable import DamagedPage, collect_garbage, list_sequences, remove_sequence, verify
 from torch_csd.errors import (
+    GpuUnavailableError,
     MemoryBudgetError,
     StaleTensorError,
     StoreBusyError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adaptive",
     "DamagedPage",
+    "GpuUnavailableError",
     "KVStore",
     "MemoryBudgetError",
     "PageTopK",

@@ -29,6 +29,8 @@ _KV_DTYPES = {
 _INT_MAX = 2**62  # of positions and sizes: sums of two still fit the native side's 64 bits
 
 IO_ENGINES = ("auto", "io_uring", "pread")
+EXECUTORS = ("auto", "near", "gpu")
+GPU_IO_PATHS = ("auto", "gds", "pinned")
 
 
 def parse_bytes(size: int | str) -> int:
@@ -105,6 +107,10 @@ class StoreConfig:
     resident: bool
     max_bytes: int | None
     checksums: bool
+    executor: str
+    gpu_budget_bytes: int
+    gpu_staging_bytes: int
+    gpu_io: str
 
     @staticmethod
     def make(
@@ -120,6 +126,10 @@ class StoreConfig:
         resident: bool,
         max_bytes: int | str | None = None,
         checksums: bool = True,
+        executor: str = "auto",
+        gpu_budget: int | str = 0,
+        gpu_staging: int | str = "256MiB",
+        gpu_io: str = "auto",
     ) -> StoreConfig:
         """Validates what a user passed and fills in defaults.
 
@@ -133,6 +143,9 @@ class StoreConfig:
             io_engine = os.environ.get("TORCH_CSD_IO_ENGINE") or "auto"
         if io_engine not in IO_ENGINES:
             raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
+        for name, value, known in (("executor", executor, EXECUTORS), ("gpu_io", gpu_io, GPU_IO_PATHS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if threads is None:
             threads = torch.get_num_threads()
         if simd is not None and not isinstance(simd, str):
@@ -149,4 +162,8 @@ class StoreConfig:
             resident=bool(resident),
             max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
             checksums=bool(checksums),
+            executor=executor,
+            gpu_budget_bytes=parse_bytes(gpu_budget),
+            gpu_staging_bytes=as_int(parse_bytes(gpu_staging), "gpu_staging in bytes", low=2**20),
+            gpu_io=gpu_io,
         )

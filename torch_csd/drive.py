@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import secrets
@@ -12,6 +13,7 @@ import weakref
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from torch_csd.catalogue import (
     page_spans,
 )
 from torch_csd.config import StoreConfig, parse_kv_dtype
-from torch_csd.errors import StoreBusyError, StoreCorruptError, StoreError
+from torch_csd.errors import GpuUnavailableError, StoreBusyError, StoreCorruptError, StoreError
 
 CODE_BITS = {torch.int8: 8, torch.int4: 4}
 
@@ -39,6 +41,11 @@ _snapshot_numbers = itertools.count()
 
 def dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def is_card(device: torch.device) -> bool:
+    """Whether tokens on this device have a card that can work on their layers."""
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class Drive:
 
     def __init__(self, config: StoreConfig, *, path: str = "", mode: str = "", store_id: bytes = bytes(16)) -> None:
         self.config = config
+        if config.executor == "gpu" or config.gpu_io == "gds":
+            cuda().check_available(config)
         self.handle = ops.open_drive(
             config.directory,
             io_engine=config.io_engine,
@@ -91,10 +100,48 @@ class Drive:
         )
         self._lock = self._make_lock()
         self._users = 0
+        self._cards: dict[torch.device, ops.Card | None] = {}
+        self.gpu_reason = ""  # why there is no card where there might be one
         self._finalizer = weakref.finalize(self, _close_quietly, self.handle, os.getpid())
 
     def _make_lock(self) -> threading.RLock:
         return threading.RLock()  # a finalizer may run in the middle of acquire()
+
+    def attach_card(self, stored: StoredLayer) -> None:
+        """Gives the card that a layer's tokens are on its share in the layer.
+
+        Raises:
+            GpuUnavailableError: it cannot have one, and was asked for.
+        """
+        if not is_card(stored.device):
+            return
+        with self._lock:
+            if stored.device not in self._cards:
+                self._cards[stored.device] = self._open_card(stored.device)
+            card = self._cards[stored.device]
+        if card is not None:
+            ops.attach_card(stored.handle, card)
+            card.adopt(stored)
+
+    def _open_card(self, device: torch.device) -> ops.Card | None:
+        try:
+            card = cuda().open_card(device, self.handle, self.config)
+        except GpuUnavailableError as error:
+            if self.config.executor == "gpu" or self.config.gpu_io == "gds":
+                raise
+            self.gpu_reason = str(error)
+            return None
+        ops.add_card(self.handle, card)
+        return card
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        stats = ops.stats(self.handle)
+        for card in self._cards.values():
+            if card is not None:
+                stats |= card.stats()
+        if self.gpu_reason:
+            stats["gpu_reason"] = self.gpu_reason
+        return stats
 
     def acquire(self) -> None:
         with self._lock:
@@ -106,6 +153,11 @@ class Drive:
             self._users -= 1
             if self._users == 0:
                 self._finalizer()
+
+
+def cuda() -> ModuleType:
+    """The GPU path, which is not imported before it is asked for."""
+    return importlib.import_module("torch_csd.cuda")
 
 
 def _close_quietly(handle: Tensor, process: int) -> None:
@@ -288,7 +340,14 @@ class DurableDrive(Drive):
             entries=b"".join(row.entries for row in table.rows),
             snapshot=snapshot,
         )
-        return StoredLayer(handle, table.num_kv_heads, table.head_dim_k, table.head_dim_v, kv_dtype, dtype, device)
+        geometry = (table.num_kv_heads, table.head_dim_k, table.head_dim_v)
+        stored = StoredLayer(handle, *geometry, kv_dtype, dtype, device)
+        try:
+            self.attach_card(stored)
+        except BaseException:
+            ops.drop_layer(handle)
+            raise
+        return stored
 
     def commit(
         self, name: str, layers: Mapping[int, StoredLayer], metadata: dict, token_ids: tuple[array, ...] | None

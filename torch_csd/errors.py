@@ -31,5 +31,9 @@ class StoreMismatchError(StoreError, ValueError):
     """A sequence was made by another model than the one it is opened with."""
 
 
+class GpuUnavailableError(StoreError):
+    """What was asked of a GPU cannot be had: there is none, a package is missing, GPUDirect Storage is not active."""
+
+
 class MemoryBudgetError(ValueError):
     """``memory_budget`` is smaller than what must be in memory: a few pages, what sparse attention chooses by."""

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,55 @@ def _call(op: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         raise _ERRORS[match.group(1)](match.group(2)) from None
 
 
+# ---- cards --------------------------------------------------------------------------------------------------------
+
+
+class Card(Protocol):
+    """Who has a share in layers whose tokens are on a GPU (cuda/card.py); the others have none.
+
+    ``append`` and ``attend`` return None where the drive is to do it, as it does everything else.
+    """
+
+    def append(self, handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None) -> LayerState | None: ...
+
+    def attend(self, handle: Tensor, q: Tensor, **rules: object) -> tuple[Tensor, Tensor] | None: ...
+
+    def settle(self, handle: Tensor | None = None) -> None:
+        """Waits until what was appended to the layer, or to any, is where it goes; raises what went wrong with it."""
+
+    def share(self, source: Tensor, handle: Tensor) -> None:
+        """The layer is a fork of the source."""
+
+    def forget(self, handle: Tensor) -> None:
+        """The layer goes."""
+
+    def close(self) -> None: ...
+
+
+_drive_cards: dict[int, list[Card]] = {}  # by drive
+_cards: dict[int, Card] = {}  # by layer
+
+
+def add_card(drive: Tensor, card: Card) -> None:
+    """Closed with the drive."""
+    _drive_cards.setdefault(int(drive[0]), []).append(card)
+
+
+def attach_card(handle: Tensor, card: Card) -> None:
+    """The card has a share in the layer from now on, and in its forks."""
+    _cards[int(handle[1])] = card
+
+
+def _card_of(handle: Tensor) -> Card | None:
+    return _cards.get(int(handle[1])) if _cards else None
+
+
+def _settle(handle: Tensor) -> None:
+    card = _card_of(handle)
+    if card is not None:
+        card.settle(handle)
+
+
 # ---- stores and layers ------------------------------------------------------------------------------------------
 
 
@@ -92,6 +141,8 @@ def open_drive(
 
 def close_drive(drive: Tensor) -> None:
     """Idempotent. Waits for I/O in flight; every handle of the drive is dead afterwards."""
+    for card in _drive_cards.pop(int(drive[0]), ()):
+        card.close()
     _call(_ops.close, drive)
 
 
@@ -116,12 +167,20 @@ def create_layer(
 
 def fork_layer(source: Tensor) -> Tensor:
     """The handle of a new layer that shares the source's pages."""
+    _settle(source)
     handle = torch.tensor([int(source[0]), next(_layer_numbers), -1])
     _call(_ops.fork_layer, handle, source)
+    card = _card_of(source)
+    if card is not None:
+        attach_card(handle, card)
+        card.share(source, handle)
     return handle
 
 
 def drop_layer(handle: Tensor) -> None:
+    card = _cards.pop(int(handle[1]), None)
+    if card is not None:
+        card.forget(handle)
     _call(_ops.drop_layer, handle)
 
 
@@ -146,8 +205,18 @@ def layer_info(handle: Tensor) -> LayerState:
 def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> LayerState:
     """The layer as this append left it: :func:`layer_info` without another call, or another thread in between."""
     counts = None if lengths is None else list(lengths)
-    epoch, begin, *lengths = _call(_ops.append.default, handle, k, v, counts).tolist()
-    return LayerState(epoch, begin, lengths)
+    card = _card_of(handle)
+    if card is not None:
+        state = card.append(handle, k, v, counts)
+        if state is not None:
+            return state
+    return append_on_drive(handle, k, v, counts)
+
+
+def append_on_drive(handle: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None = None) -> LayerState:
+    """:func:`append` that no card has a share in."""
+    epoch, begin, *row_lengths = _call(_ops.append.default, handle, k, v, lengths).tolist()
+    return LayerState(epoch, begin, row_lengths)
 
 
 # ---- pages that somebody outside of the drive works with ---------------------------------------------------------
@@ -210,18 +279,23 @@ def end_lease(lease: Tensor) -> None:
 
 
 def truncate(handle: Tensor, lengths: Sequence[int]) -> None:
+    _settle(handle)
     _call(_ops.truncate, handle, list(lengths))
 
 
 def trim(handle: Tensor, begin: int) -> None:
+    _settle(handle)
     _call(_ops.trim, handle, begin)
 
 
 def reorder(handle: Tensor, index: Sequence[int]) -> None:
+    _settle(handle)
     _call(_ops.reorder, handle, list(index))
 
 
 def flush(drive: Tensor) -> None:
+    for card in _drive_cards.get(int(drive[0]), ()):
+        card.settle()
     _call(_ops.flush, drive)
 
 
@@ -267,6 +341,8 @@ class CommittedLayer(NamedTuple):
 
 def commit(drive: Tensor, snapshot: int, handles: Sequence[Tensor]) -> list[CommittedLayer]:
     """Puts what these layers hold on the drive for good. Its space is held by the snapshot until :func:`release`."""
+    for handle in handles:
+        _settle(handle)
     numbers, entries = _call(_ops.commit, drive, snapshot, [int(handle[1]) for handle in handles])
     values, entries = iter(numbers.tolist()), entries.numpy().tobytes()
     tables = []
@@ -293,6 +369,7 @@ class BadPage(NamedTuple):
 
 def verify(handle: Tensor) -> list[BadPage]:
     """Pages of a layer that the drive does not give back as they were written."""
+    _settle(handle)
     return [BadPage(*page) for page in _call(_ops.verify, handle).tolist()]
 
 
@@ -354,26 +431,63 @@ def attend(
 
     ``kv_begin=-1``: from the first readable token on; ``kv_end=-1``: to each row's own length.
     """
-    args = (
-        handle,
-        q,
-        mask,
-        sinks,
-        alibi_slopes,
-        scale,
-        causal,
-        window,
-        softcap,
-        row_begin,
-        kv_begin,
-        kv_end,
-        head_dim_v,
-    )
+    rules = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
+    recorded = torch.compiler.is_compiling() or (torch.is_grad_enabled() and q.requires_grad)
+    if _cards and not recorded:
+        result = _attend_with_card(handle, q, *rules)
+        if result is not None:
+            return result
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _call(_ops.attend.default, *args)
+        return _call(_ops.attend.default, handle, q, *rules)
     # Past the Python that refuses a backward (the end of this file), which costs as much as the rest of the op.
     with torch._C._AutoDispatchBelowAutograd():
-        return _call(_ops.attend.default, *args)
+        return _call(_ops.attend.default, handle, q, *rules)
+
+
+def _attend_with_card(
+    handle, q, mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v
+) -> tuple[Tensor, Tensor] | None:
+    card = _card_of(handle)
+    if card is None:
+        return None
+    card.settle(handle)
+    return card.attend(
+        handle,
+        q,
+        scale=scale,
+        head_dim_v=head_dim_v,
+        mask=mask,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        row_begin=row_begin,
+        kv_begin=kv_begin,
+        kv_end=kv_end,
+    )
+
+
+def attend_on_drive(
+    handle: Tensor,
+    q: Tensor,
+    *,
+    scale: float,
+    head_dim_v: int,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    causal: int,
+    window: int,
+    softcap: float,
+    row_begin: int,
+    kv_begin: int,
+    kv_end: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend` of tensors on the CPU, all of it beside the drive."""
+    rules = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(_ops.attend.default, handle, q, *rules)
 
 
 def attend_sparse(
@@ -395,6 +509,8 @@ def attend_sparse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over a choice of the stored tokens: ``(out, lse, missing)``; see :meth:`KVStore.attend`."""
     what = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
+    if not torch.compiler.is_compiling():
+        _settle(handle)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _call(_ops.attend_sparse.default, handle, q, *what, *settings)
     with torch._C._AutoDispatchBelowAutograd():
@@ -413,16 +529,21 @@ def prefetch(
     kv_end: int = -1,
 ) -> None:
     """Begins to read what `attend_sparse` would choose for ``q``; see :meth:`KVStore.prefetch`."""
+    _settle(handle)
     _call(_ops.prefetch, handle, q.detach(), scale, softcap, row_begin, kv_begin, kv_end, *settings)
 
 
 def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:
     """``q @ K^T``: ``[batch, num_heads, q_len, kv_end - kv_begin]`` in q's dtype, unscaled."""
+    if not torch.compiler.is_compiling():
+        _settle(handle)
     return _call(_ops.scores, handle, q, row_begin, kv_begin, kv_end)
 
 
 def weighted_sum(handle: Tensor, p: Tensor, *, row_begin: int, kv_begin: int, kv_end: int, head_dim_v: int) -> Tensor:
     """``p @ V``: ``[batch, num_heads, q_len, head_dim_v]`` in p's dtype."""
+    if not torch.compiler.is_compiling():
+        _settle(handle)
     return _call(_ops.weighted_sum, handle, p, row_begin, kv_begin, kv_end, head_dim_v)
 
 
@@ -439,6 +560,8 @@ def read(
     head_dim: int,
 ) -> Tensor:
     """Stored K, or with ``values`` V: ``[row_count, num_kv_heads, kv_end - kv_begin, head_dim]``, dense, on the CPU."""
+    if not torch.compiler.is_compiling():
+        _settle(handle)
     return _call(_ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim)
 
 
@@ -577,34 +700,46 @@ def _on_cpu(value: object) -> object:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
+# A graph calls these without the wrappers above, so a card is asked here, too.
 @torch.library.impl("torch_csd::append", "CUDA")
 def _(handle, k, v, lengths=None):
+    card = _card_of(handle)
+    state = None if card is None else card.append(handle, k, v, lengths)
+    if state is not None:
+        return torch.tensor([state.epoch, state.begin, *state.lengths])
     return _ops.append(handle, k.cpu(), v.cpu(), lengths)
 
 
 @torch.library.impl("torch_csd::attend", "CUDA")
 def _(handle, q, *args):
+    result = _attend_with_card(handle, q.detach(), *args)
+    if result is not None:
+        return result
     out, lse = _ops.attend(handle, q.cpu(), *map(_on_cpu, args))
     return out.to(q.device), lse.to(q.device)
 
 
 @torch.library.impl("torch_csd::attend_sparse", "CUDA")
 def _(handle, q, *args):
+    _settle(handle)
     return tuple(result.to(q.device) for result in _ops.attend_sparse(handle, q.cpu(), *map(_on_cpu, args)))
 
 
 @torch.library.impl("torch_csd::prefetch", "CUDA")
 def _(handle, q, *args):
+    _settle(handle)
     _ops.prefetch(handle, q.cpu(), *args)
 
 
 @torch.library.impl("torch_csd::scores", "CUDA")
 def _(handle, q, *args):
+    _settle(handle)
     return _ops.scores(handle, q.cpu(), *args).to(q.device)
 
 
 @torch.library.impl("torch_csd::weighted_sum", "CUDA")
 def _(handle, p, *args):
+    _settle(handle)
     return _ops.weighted_sum(handle, p.cpu(), *args).to(p.device)
 
 

@@ -74,12 +74,21 @@ class KVStore:
         sparse: how attention chooses among the stored tokens where nothing else is asked for; ``None``: it is exact.
             May be assigned between calls. What it chooses by is kept in memory, within ``memory_budget``, from the
             beginning; where it was not, the first sparse call reads all pages once.
+        executor: where exact attention of queries on a GPU is computed: ``"near"`` the drive, by the processor;
+            ``"gpu"``: on the card, to which pages are brought; ``"auto"``: wherever it is estimated to be faster, by
+            rates that are measured while it runs. Tails are attended to near the drive in any case.
+        gpu_budget: GPU memory for a fixed share of the pages, which is then never read or moved again.
+        gpu_staging: GPU memory for pages on their way, and as much pinned host memory where they go through it; both
+            besides ``memory_budget``. At least two pages.
+        gpu_io: ``"gds"``: GPUDirect Storage by kvikio; ``"pinned"``: the I/O engine and pinned memory; ``"auto"``: gds
+            where a probe proved that it moves bytes directly (see ``torch-csd probe``).
 
     Raises:
         StoreError: the directory is missing, is not one, or cannot be written; there is a sequence ``name`` already.
         StoreBusyError: another process has the directory's durable store open for writing.
         StoreFullError: the drive is full.
         MemoryBudgetError: the budget is below the minimum.
+        GpuUnavailableError: ``executor="gpu"`` or ``gpu_io="gds"`` cannot be had here; the text says why.
         ValueError: any other bad setting.
 
     Example:
@@ -106,6 +115,10 @@ class KVStore:
         metadata: dict | None = None,
         checksums: bool = True,
         sparse: Sparse | None = None,
+        executor: str = "auto",
+        gpu_budget: int | str = 0,
+        gpu_staging: int | str = "256MiB",
+        gpu_io: str = "auto",
     ) -> None:
         check_sparse(sparse)
         config = StoreConfig.make(
@@ -120,6 +133,10 @@ class KVStore:
             resident=resident,
             max_bytes=max_bytes,
             checksums=checksums,
+            executor=executor,
+            gpu_budget=gpu_budget,
+            gpu_staging=gpu_staging,
+            gpu_io=gpu_io,
         )
         if not durable and (name is not None or metadata is not None):
             raise ValueError("only a durable store has a name and metadata; pass durable=True with them")
@@ -158,6 +175,10 @@ class KVStore:
         max_bytes: int | str | None = None,
         checksums: bool = True,
         sparse: Sparse | None = None,
+        executor: str = "auto",
+        gpu_budget: int | str = 0,
+        gpu_staging: int | str = "256MiB",
+        gpu_io: str = "auto",
     ) -> KVStore:
         """The sequence ``name`` as it was last committed, bit for bit.
 
@@ -184,6 +205,10 @@ class KVStore:
             resident=resident,
             max_bytes=max_bytes,
             checksums=checksums,
+            executor=executor,
+            gpu_budget=gpu_budget,
+            gpu_staging=gpu_staging,
+            gpu_io=gpu_io,
         )
         check_name(name)
         check_sparse(sparse)
@@ -358,8 +383,14 @@ class KVStore:
             number=number if isinstance(number, int) and 0 <= number < 2**62 else -1,
             **_geometry(k, v, kv_dtype),
         )
-        self._keep_summary(number, handle)
-        return StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
+        stored = StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
+        try:
+            self._keep_summary(number, handle)
+            self._drive.attach_card(stored)
+        except BaseException:
+            ops.drop_layer(handle)
+            raise
+        return stored
 
     def truncate(self, layer: int, length: int | Sequence[int]) -> None:
         """Forgets the tokens at positions ``length`` and after: one length for all rows, or one per row."""
@@ -706,7 +737,7 @@ class KVStore:
         ``staging_bytes`` is the part of the budget that reads in flight and ahead have at the moment.
         """
         self._check_open()
-        return ops.stats(self._drive.handle)
+        return self._drive.stats()
 
     def _sparse_or_default(self, sparse: Sparse | str | None) -> Sparse | None:
         return self._sparse if isinstance(sparse, str) and sparse == "default" else check_sparse(sparse)

@@ -76,6 +76,10 @@ class StorageCache(DynamicCache):
         fingerprint: str | None = None,
         checksums: bool = True,
         sparse: Sparse | None = None,
+        executor: str = "auto",
+        gpu_budget: int | str = 0,
+        gpu_staging: int | str = "256MiB",
+        gpu_io: str = "auto",
     ):
         _check_config(config)
         if durable:
@@ -96,6 +100,10 @@ class StorageCache(DynamicCache):
                 simd=simd,
                 max_bytes=max_bytes,
                 checksums=checksums,
+                executor=executor,
+                gpu_budget=gpu_budget,
+                gpu_staging=gpu_staging,
+                gpu_io=gpu_io,
                 durable=durable,
                 name=name,
                 metadata=_model_metadata(config, fingerprint, kv_dtype) if durable else None,
@@ -123,6 +131,10 @@ class StorageCache(DynamicCache):
         max_bytes: int | str | None = None,
         checksums: bool = True,
         sparse: Sparse | None = None,
+        executor: str = "auto",
+        gpu_budget: int | str = 0,
+        gpu_staging: int | str = "256MiB",
+        gpu_io: str = "auto",
     ) -> StorageCache:
         """The cache `name` as it was last committed: generation goes on as if the process had never ended.
 
@@ -146,6 +158,10 @@ class StorageCache(DynamicCache):
             simd=simd,
             max_bytes=max_bytes,
             checksums=checksums,
+            executor=executor,
+            gpu_budget=gpu_budget,
+            gpu_staging=gpu_staging,
+            gpu_io=gpu_io,
         )
         try:
             _check_model(name, store.metadata, config, fingerprint)
