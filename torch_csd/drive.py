@@ -62,6 +62,12 @@ class StoredLayer:
     # The newest handle of one state, by epoch: what K and V handed out in the same state share.
     _snapshots: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def layout(self) -> tuple[int, int, int, torch.dtype, int]:
+        """Of its full pages: kv heads, head_dim of K and V, dtype of elements, bits of codes."""
+        bits = CODE_BITS.get(self.kv_dtype, 0)
+        return self.num_kv_heads, self.head_dim_k, self.head_dim_v, self.dtype if bits else self.kv_dtype, bits
+
     def at(self, epoch: int) -> Tensor:
         """The layer's handle in one state: ops that are given it refuse to run in another."""
         handle = self._snapshots.get(epoch)
@@ -120,8 +126,8 @@ class Drive:
                 self._cards[stored.device] = self._open_card(stored.device)
             card = self._cards[stored.device]
         if card is not None:
+            card.adopt(stored.handle, *stored.layout)
             ops.attach_card(stored.handle, card)
-            card.adopt(stored)
 
     def _open_card(self, device: torch.device) -> ops.Card | None:
         try:

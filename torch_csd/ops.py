@@ -78,6 +78,9 @@ class Card(Protocol):
     def share(self, source: Tensor, handle: Tensor) -> None:
         """The layer is a fork of the source."""
 
+    def keep_summary(self, handle: Tensor) -> None:
+        """The layer keeps summaries of the pages that it fills, which the drive's own packer makes."""
+
     def forget(self, handle: Tensor) -> None:
         """The layer goes."""
 
@@ -165,6 +168,11 @@ def create_layer(
     return handle
 
 
+def layer_handle(handle: Tensor, layer: int) -> Tensor:
+    """The handle of a layer of the same drive, as it is now."""
+    return torch.tensor([int(handle[0]), layer, -1])
+
+
 def fork_layer(source: Tensor) -> Tensor:
     """The handle of a new layer that shares the source's pages."""
     _settle(source)
@@ -186,6 +194,9 @@ def drop_layer(handle: Tensor) -> None:
 
 def keep_summary(handle: Tensor, kind: int) -> None:
     """From now on the layer keeps what passes choose pages by (``kind``: SUMMARY_... of sparse.py)."""
+    card = _card_of(handle)
+    if card is not None:
+        card.keep_summary(handle)
     _call(_ops.keep_summary, handle, kind)
 
 

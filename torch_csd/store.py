@@ -385,8 +385,8 @@ class KVStore:
         )
         stored = StoredLayer(handle, k.shape[1], k.shape[3], v.shape[3], kv_dtype, k.dtype, k.device)
         try:
-            self._keep_summary(number, handle)
             self._drive.attach_card(stored)
+            self._keep_summary(number, handle)
         except BaseException:
             ops.drop_layer(handle)
             raise

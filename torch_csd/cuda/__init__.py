@@ -1,4 +1,79 @@
 """The GPU path: pages packed on the card, moved between card and drive, and attended to there.
 
-Imported only when tokens on a CUDA device meet a store; importing it loads neither CuPy nor kvikio.
+Imported only when tokens on a CUDA device meet a store, or a store is to use one; importing it loads neither CuPy nor
+kvikio.
 """
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from torch_csd.config import StoreConfig
+from torch_csd.cuda.calibrate import measure_rates
+from torch_csd.cuda.card import Card
+from torch_csd.cuda.device import Device
+from torch_csd.cuda.probe import choose_transfer, probe_gpu_io
+from torch_csd.errors import GpuUnavailableError
+
+
+def check_available(config: StoreConfig) -> None:
+    """Whether what the settings insist on can be had, before anything is stored.
+
+    Raises:
+        GpuUnavailableError: it cannot; the text says why.
+    """
+    wanted = 'executor="gpu"' if config.executor == "gpu" else 'gpu_io="gds"'
+    if not torch.cuda.is_available():
+        raise GpuUnavailableError(f"{wanted} needs a CUDA device; there is none (torch {torch.__version__})")
+    _check_packages(wanted)
+    if config.gpu_io == "gds":
+        verdict = probe_gpu_io(config.directory)
+        if verdict.path != "gds":
+            raise GpuUnavailableError(f'gpu_io="gds": {verdict.reason}')
+
+
+def _check_packages(wanted: str) -> None:
+    if importlib.util.find_spec("cupy") is None:
+        raise GpuUnavailableError(f"{wanted} needs CuPy: pip install torch_csd[cuda], or cupy-cuda13x alone")
+
+
+def open_device(device: torch.device) -> Device:
+    """The card that tokens are on.
+
+    Raises:
+        GpuUnavailableError: CuPy is missing.
+    """
+    _check_packages("work on the card")
+    from torch_csd.cuda.cuda_device import CudaDevice
+
+    return CudaDevice(device)
+
+
+def open_card(device: torch.device, drive: Tensor, config: StoreConfig) -> Card:
+    """A drive's share on a card.
+
+    Raises:
+        GpuUnavailableError: a package is missing, or GPUDirect Storage was asked for and is not active.
+    """
+    card = open_device(device)
+    transfer, reason = choose_transfer(card, drive, config.directory, config.gpu_io)
+    try:
+        rates = measure_rates(card, config, direct=transfer.name == "gds") if config.executor == "auto" else None
+        return Card(
+            card,
+            drive,
+            transfer,
+            path=config.directory,
+            transfer_reason=reason,
+            rates=rates,
+            executor=config.executor,
+            budget_bytes=config.gpu_budget_bytes,
+            staging_bytes=config.gpu_staging_bytes,
+            checksums=config.checksums,
+        )
+    except BaseException:
+        transfer.close()
+        raise

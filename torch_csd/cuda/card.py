@@ -1,0 +1,428 @@
+"""A drive's share on one card: appends that it packs, attention that it computes, and who does what.
+
+Attention of one call comes from up to three places, and is merged on the card: pages in its memory, pages that are
+brought to it or attended to near the drive, and the newest tokens, whose page is still being filled, near the drive.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_csd import ops
+from torch_csd.catalogue import PAGE_TOKENS
+from torch_csd.cuda.calls import Call, Uses
+from torch_csd.cuda.cost import CostModel, Rates, Work
+from torch_csd.cuda.device import Device
+from torch_csd.cuda.kernels import Kernels, Pages, Partial, Rules
+from torch_csd.cuda.layout import PageLayout
+from torch_csd.cuda.pages import Arrival, Incoming, Lease, Uploads, by_place, unreadable
+from torch_csd.cuda.prefill import Packer
+from torch_csd.cuda.resident import Residents, Share
+from torch_csd.cuda.staging import Staging
+from torch_csd.cuda.transfer import Transfer
+from torch_csd.errors import StoreCorruptError, StoreError, StoreFullError
+
+# Of decoding and speculation. What is to stay on the card is settled when they begin, with the prompt stored.
+DECODE_QUERIES_MAX = 16
+
+# Guesses at the next layer are acted on while most of them prove right.
+TRUST_MAX = 4
+
+
+class Card:
+    """What a drive does with the layers whose tokens are on one card. Thread-safe: one call at a time."""
+
+    def __init__(
+        self,
+        device: Device,
+        drive: Tensor,
+        transfer: Transfer,
+        *,
+        path: str,
+        transfer_reason: str,
+        rates: Rates | None,
+        executor: str = "auto",
+        budget_bytes: int = 0,
+        staging_bytes: int = 256 << 20,
+        checksums: bool = True,
+    ):
+        self._device = device
+        self._drive = drive
+        self._path = path
+        self._transfer_reason = transfer_reason
+        self._executor = executor
+        self._checksums = checksums
+        self._model = None if rates is None else CostModel(rates)
+        self._budget_bytes = budget_bytes
+        self._kernels = Kernels(device)
+        self._staging = Staging(device, transfer, staging_bytes)
+        self._packer = Packer(device, self._kernels, self._staging)
+        self._uploads = Uploads(device, self._staging)
+        self._residents = Residents(device, budget_bytes)
+        self._lock = threading.RLock()
+        self._layouts: dict[int, PageLayout] = {}  # by layer
+        self._summarised: set[int] = set()  # layers that keep what sparse attention chooses by
+        # What the next layer will be asked for: by layer, the one after it, and its last span.
+        self._after: dict[int, int] = {}
+        self._spans: dict[int, tuple[int, int, int]] = {}  # row_begin, row_count, kv_begin
+        self._last: int | None = None
+        self._trust = 1
+        self._near_calls = 0
+        self._gpu_calls = 0
+        self._last_work: Work | None = None
+        self._closed = False
+
+    # ---- layers --------------------------------------------------------------------------------------------------
+
+    def adopt(self, handle: Tensor, layout: PageLayout) -> None:
+        """A layer of pages like these has this card."""
+        with self._lock:
+            self._layouts[int(handle[1])] = layout
+
+    def share(self, source: Tensor, handle: Tensor) -> None:
+        with self._lock:
+            self._layouts[int(handle[1])] = self._layouts[int(source[1])]
+            if int(source[1]) in self._summarised:
+                self._summarised.add(int(handle[1]))
+
+    def keep_summary(self, handle: Tensor) -> None:
+        with self._lock:
+            self._summarised.add(int(handle[1]))
+
+    def forget(self, handle: Tensor) -> None:
+        with self._lock:
+            layer = int(handle[1])
+            if not self._closed:
+                self._packer.settle(layer)
+                if self._spans.pop(layer, None) is not None:
+                    self._uploads.drop_ahead()
+                self._residents.forget(handle)
+            self._layouts.pop(layer, None)
+            self._summarised.discard(layer)
+            self._after = {before: after for before, after in self._after.items() if layer not in (before, after)}
+            if self._last == layer:
+                self._last = None
+
+    # ---- appends -------------------------------------------------------------------------------------------------
+
+    def append(self, handle: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> ops.LayerState | None:
+        with self._lock:
+            self.settle(handle)
+            layout = self._layouts.get(int(handle[1]))
+            if layout is None or lengths is not None or int(handle[1]) in self._summarised:
+                return None
+            state = ops.layer_info(handle)
+            alike = len(set(state.lengths)) <= 1 and len(state.lengths) in (0, k.shape[0])
+            fits = (
+                k.shape[:3] == v.shape[:3]
+                and (k.shape[1], k.shape[3], v.shape[3]) == (layout.num_kv_heads, layout.head_dim_k, layout.head_dim_v)
+                and k.shape[0] > 0
+            )
+            if not alike or not fits:
+                return None
+            k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+            if k.shape[2] > DECODE_QUERIES_MAX:
+                self._uploads.drop_ahead()  # something else begins, which needs the memory
+            return self._packer.append(handle, k, v, layout, state.lengths[0] if state.lengths else 0)
+
+    def settle(self, handle: Tensor | None = None) -> None:
+        with self._lock:
+            error = self._packer.settle(None if handle is None else int(handle[1]))
+            if error is not None:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise (StoreFullError if full else StoreError)(
+                    f"{self._path}: writing KV pages from the card failed (their append is undone): {reason}"
+                ) from error
+
+    # ---- attention -----------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        handle: Tensor,
+        q: Tensor,
+        *,
+        scale: float,
+        head_dim_v: int,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+        causal: int,
+        window: int,
+        softcap: float,
+        row_begin: int,
+        kv_begin: int,
+        kv_end: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        with self._lock:
+            if self._executor == "near" and self._budget_bytes == 0:
+                return None
+            layout = self._layouts.get(int(handle[1]))
+            if layout is None:
+                return None
+            state = ops.layer_info(handle)
+            kv_begin = state.begin if kv_begin == -1 else kv_begin
+            rows = slice(row_begin, row_begin + q.shape[0])
+            ends = np.array(state.lengths[rows] if kv_end < 0 else [kv_end] * q.shape[0], dtype=np.int64)
+            call = Call(
+                *(handle, q.detach(), scale, head_dim_v, mask, sinks, alibi_slopes, causal, window, softcap),
+                *(row_begin, kv_begin, kv_end, ends),
+            )
+            # What is wrong with a call, and what is rare, is the drive's to deal with.
+            if not call.is_plain(layout, len(state.lengths)):
+                return None
+            self._packer.note_finished()
+            return self._attend(call, layout, state)
+
+    def _attend(self, call: Call, layout: PageLayout, state: ops.LayerState) -> tuple[Tensor, Tensor] | None:
+        start_s = time.perf_counter()
+        batch = call.q.shape[0]
+        span = dict(row_begin=call.row_begin, row_count=batch, kv_begin=call.kv_begin, kv_end=call.kv_end)
+        lease = Lease(call.handle, **span)
+        try:
+            first_page = call.kv_begin // PAGE_TOKENS
+            counts = np.bincount(lease.table[:, ops.ROW] - call.row_begin, minlength=batch)
+            end_page = first_page + int(counts.min())
+            uses = Uses.of(lease.table, call, end_page)
+            share = self._share(call, layout, state)
+            present = np.zeros(len(uses.pages), bool) if share is None else share.has(uses.pages)
+            work = self._work(call, layout, lease, uses, present)
+            executor = self._choose(work)
+            if executor == "near":
+                # What is here counts up to the first page that is not: the rest is one range.
+                missing = uses.indices[~present]
+                end_page = int(missing.min()) if len(missing) > 0 else end_page
+                present &= uses.indices < end_page
+                result = self._attend_near(call, layout, uses.some(present), share, end_page)
+            else:
+                result = self._attend_gpu(call, layout, lease, uses, present, share, end_page)
+        finally:
+            lease.end()
+        if self._model is not None:
+            self._device.current_stream().record_event().synchronize()
+            self._model.observe(executor, work, time.perf_counter() - start_s)
+        return result
+
+    def _share(self, call: Call, layout: PageLayout, state: ops.LayerState) -> Share | None:
+        if self._budget_bytes == 0:
+            return None
+        share = self._residents.find(call.handle, state)
+        if share is None and call.q.shape[2] <= DECODE_QUERIES_MAX:
+            stored_bytes = 0
+            for number, other in self._layouts.items():
+                lengths = ops.layer_info(ops.layer_handle(call.handle, number)).lengths
+                stored_bytes += sum(length // PAGE_TOKENS for length in lengths) * other.page_bytes
+            share = self._residents.give(call.handle, state, layout.page_bytes, stored_bytes)
+        return share
+
+    def _work(self, call: Call, layout: PageLayout, lease: Lease, uses: Uses, present: np.ndarray) -> Work:
+        pages, places = np.unique(uses.pages[~present], return_index=True)
+        on_drive = int((uses.file_offsets[~present][places] >= 0).sum())
+        queries = call.q.shape[2] * call.q.shape[1] // layout.num_kv_heads
+        return Work(
+            drive_bytes=on_drive * layout.page_bytes,
+            host_bytes=(len(pages) - on_drive) * layout.page_bytes,
+            card_bytes=len(np.unique(uses.pages[present])) * layout.page_bytes,
+            queries=queries,
+            q_bytes=4 * call.q.numel(),
+            partial_bytes=4 * call.q.numel() // call.q.shape[3] * (call.head_dim_v + 1),
+        )
+
+    def _choose(self, work: Work) -> str:
+        self._last_work = work
+        executor = self._executor if self._model is None else self._model.choose(work)
+        if executor == "near":
+            self._near_calls += 1
+        else:
+            self._gpu_calls += 1
+        return executor
+
+    def _attend_near(
+        self, call: Call, layout: PageLayout, uses: Uses, share: Share | None, end_page: int
+    ) -> tuple[Tensor, Tensor]:
+        """``uses`` are on the card; from ``end_page`` on it is near the drive."""
+        if len(uses.pages) == 0:
+            return self._near(call, call.kv_begin, partial=False)
+        on_card = self._new_partial(call)
+        self._attend_pages(call, layout, uses, share.addresses(uses.pages), on_card)
+        begin = max(end_page * PAGE_TOKENS, call.kv_begin)
+        return self._merge(call, [on_card, self._near(call, begin, partial=True)])
+
+    def _attend_gpu(
+        self,
+        call: Call,
+        layout: PageLayout,
+        lease: Lease,
+        uses: Uses,
+        present: np.ndarray,
+        share: Share | None,
+        end_page: int,
+    ) -> tuple[Tensor, Tensor]:
+        self._foresee(call)
+        stream = self._device.current_stream()
+        arrivals = Incoming(self._uploads, lease, layout.page_bytes, uses.some(~present))
+        checks: list[tuple[Arrival, Tensor]] = []
+        on_card = self._new_partial(call)
+        try:
+            arrivals.begin()
+            tail_begin = max(end_page * PAGE_TOKENS, call.kv_begin)
+            # q goes down before the kernels are issued: it would wait for them.
+            tail = self._near(call, tail_begin, partial=True) if (call.ends > tail_begin).any() else None
+            if present.any():
+                here = uses.some(present)
+                self._attend_pages(call, layout, here, share.addresses(here.pages), on_card)
+            for arrival, part, slots in arrivals:
+                if arrival.error is not None:
+                    raise unreadable(self._path, arrival)
+                for event in arrival.ready:
+                    stream.wait_event(event)
+                if self._checksums and (arrival.file_offsets >= 0).any():
+                    checks.append((arrival, self._checksums_of(arrival, layout)))
+                if share is not None:
+                    for slot in np.flatnonzero(share.wants(arrival.pages)).tolist():
+                        share.keep(int(arrival.pages[slot]), arrival.image(slot))
+                addresses = arrival.chunk.memory.data_ptr() + slots * layout.page_bytes
+                self._attend_pages(call, layout, part, addresses, on_card)
+                arrivals.finish(arrival, stream.record_event())
+            self._read_ahead(call)
+            self._compare(checks, share)
+        finally:
+            arrivals.close()
+        return self._merge(call, [on_card] if tail is None else [on_card, tail])
+
+    def _near(self, call: Call, begin: int, *, partial: bool) -> tuple[Tensor, Tensor]:
+        """Near the drive: tokens from ``begin`` on. A partial is float32 and leaves the sinks out."""
+        mask = call.mask
+        if mask is not None and mask.shape[3] > 1:
+            mask = mask[..., begin - call.kv_begin :]
+        q = call.q.float() if partial else call.q
+        out, lse = ops.attend_on_drive(
+            call.handle,
+            q.cpu(),
+            scale=call.scale,
+            head_dim_v=call.head_dim_v,
+            mask=None if mask is None else mask.cpu(),
+            sinks=None if partial or call.sinks is None else call.sinks.cpu(),
+            alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.cpu(),
+            causal=call.causal,
+            window=call.window,
+            softcap=call.softcap,
+            row_begin=call.row_begin,
+            kv_begin=begin,
+            kv_end=call.kv_end,
+        )
+        return out.to(self._device.torch_device), lse.to(self._device.torch_device)
+
+    # ---- on the card ---------------------------------------------------------------------------------------------
+
+    def _new_partial(self, call: Call) -> Partial:
+        batch, num_heads, q_len, _ = call.q.shape
+        return self._kernels.new_partial(batch, num_heads, q_len, call.head_dim_v)
+
+    def _attend_pages(self, call: Call, layout: PageLayout, uses: Uses, addresses: np.ndarray, into: Partial) -> None:
+        """Folds what the queries see of pages that are at these addresses into a partial."""
+        raise NotImplementedError
+
+    def _checksums_of(self, arrival: Arrival, layout: PageLayout) -> Tensor:
+        images = arrival.chunk.memory[: len(arrival.pages) * layout.page_bytes]
+        found = torch.empty(len(arrival.pages), dtype=torch.int32, device=self._device.torch_device)
+        self._kernels.checksums(images, layout.page_bytes, found, stream=self._device.current_stream())
+        return found
+
+    def _compare(self, checks: list[tuple[Arrival, Tensor]], share: Share | None) -> None:
+        """Waits for the checksums of what came from the drive."""
+        if not checks:
+            return
+        found = torch.cat([checksums for _, checksums in checks]).cpu().numpy().view(np.uint32).astype(np.int64)
+        wanted = np.concatenate([arrival.checksums for arrival, _ in checks])
+        offsets = np.concatenate([arrival.file_offsets for arrival, _ in checks])
+        bad = np.flatnonzero((offsets >= 0) & (found != wanted))
+        if len(bad) == 0:
+            return
+        if share is not None:
+            share.forget(np.concatenate([arrival.pages for arrival, _ in checks])[bad])
+        place = int(bad[0])
+        raise StoreCorruptError(
+            f"{self._path}: a page that went to the card: checksum mismatch at byte {int(offsets[place])}: "
+            f"found {int(found[place]):#010x}, wanted {int(wanted[place]):#010x}"
+        )
+
+    def _merge(self, call: Call, partials: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        partials = [Partial(*partial) for partial in partials]
+        stream = self._device.current_stream()
+        return self._kernels.merge(partials, dtype=call.q.dtype, sinks=call.sinks, stream=stream)
+
+    # ---- before it is asked for ----------------------------------------------------------------------------------
+
+    def _foresee(self, call: Call) -> None:
+        layer = int(call.handle[1])
+        if self._last is not None:
+            right = self._after.get(self._last) == layer
+            self._trust = min(self._trust + 1, TRUST_MAX) if right else max(self._trust - 2, 0)
+            self._after[self._last] = layer
+        self._last = layer
+        self._spans[layer] = (call.row_begin, call.q.shape[0], call.kv_begin)
+
+    def _read_ahead(self, call: Call) -> None:
+        """Begins to bring the pages of the layer that came after this one the last time."""
+        layer = self._after.get(int(call.handle[1]))
+        span = self._spans.get(layer) if layer is not None else None
+        if span is None or self._trust == 0 or layer not in self._layouts or layer == int(call.handle[1]):
+            return
+        handle = ops.layer_handle(call.handle, layer)
+        page_bytes = self._layouts[layer].page_bytes
+        row_begin, row_count, kv_begin = span
+        state = ops.layer_info(handle)
+        if self._packer.pending(layer) or len(state.lengths) < row_begin + row_count:
+            return
+        # Rows have grown by then, and a window may have moved on.
+        lease = Lease(handle, row_begin=row_begin, row_count=row_count, kv_begin=max(kv_begin, state.begin), kv_end=-1)
+        pages, places = np.unique(lease.table[:, ops.PAGE], return_index=True)
+        share = self._residents.find(handle, state)
+        if share is not None:
+            places = places[~share.has(pages)]
+        self._uploads.begin_ahead(lease, page_bytes, by_place(lease.table, places))
+
+    # ---- reporting -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        with self._lock:
+            transfer = self._staging.transfer
+            stats = {
+                "gpu": self._device.name,
+                "executor": self._executor,
+                "gpu_io": transfer.name,
+                "gpu_reason": self._transfer_reason,
+                "gpu_staging_bytes": self._staging.byte_count,
+                "gpu_resident_bytes": self._residents.byte_count,
+                "gpu_drive_read_bytes": self._uploads.drive_bytes,
+                "gpu_host_read_bytes": self._uploads.host_bytes,
+                "gpu_read_ahead_bytes": self._uploads.ahead_bytes,
+                "gpu_read_ahead_wasted_bytes": self._uploads.wasted_bytes,
+                "gpu_packed_bytes": self._packer.packed_bytes,
+                "gpu_written_bytes": transfer.written_bytes,
+                "near_attends": self._near_calls,
+                "gpu_attends": self._gpu_calls,
+            }
+            if self._model is not None and self._last_work is not None:
+                stats["executor_choice"] = self._model.explain(self._last_work)
+            return stats
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._packer.settle()
+                self._uploads.drop_ahead()
+                self._residents.close()
+            finally:
+                self._staging.close()
