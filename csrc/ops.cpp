@@ -44,6 +44,17 @@ std::map<int64_t, std::shared_ptr<Drive>>& registry() {
   return *drives;
 }
 
+// An I/O queue of a drive, under its number.
+struct OpenQueue {
+  int64_t drive;
+  std::shared_ptr<SlabQueue> queue;
+};
+
+std::map<int64_t, OpenQueue>& queue_registry() {
+  static auto* queues = new std::map<int64_t, OpenQueue>();
+  return *queues;
+}
+
 std::string text(int64_t value) { return std::to_string(value); }
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorKind::kValue, message); }
@@ -205,12 +216,25 @@ bool lend_torch_threads(int count, void (*call)(void* context, int index), void*
 }
 
 void close(const Tensor& drive) {
+  const int64_t number = handle_values(drive)[0];
   std::shared_ptr<Drive> closing;  // its destructor waits for I/O: outside of the lock
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(handle_values(drive)[0]);
-  if (found == registry().end()) return;
-  closing = std::move(found->second);
-  registry().erase(found);
+  std::vector<std::shared_ptr<SlabQueue>> queues;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    const auto found = registry().find(number);
+    if (found == registry().end()) return;
+    closing = std::move(found->second);
+    registry().erase(found);
+    for (auto open = queue_registry().begin(); open != queue_registry().end();) {
+      if (open->second.drive != number) {
+        ++open;
+        continue;
+      }
+      queues.push_back(std::move(open->second.queue));
+      open = queue_registry().erase(open);
+    }
+  }
+  for (const std::shared_ptr<SlabQueue>& queue : queues) queue->close();
 }
 
 DurableMode durable_mode(const std::string& name) {
@@ -773,6 +797,85 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   return out;
 }
 
+// ---- the drive's I/O, for memory of others ----
+
+// queue: {drive, the queue's number, -1}, the caller's as other handles are.
+void io_open(const Tensor& queue, const Tensor& drive, int64_t depth) {
+  const Handle source = open_handle(drive);
+  const int64_t drive_number = handle_values(drive)[0];
+  const int64_t queue_number = handle_values(queue)[1];
+  // Closed on every way out but the last.
+  std::shared_ptr<SlabQueue> replaced;
+  std::shared_ptr<SlabQueue> opened = source.drive->make_slab_queue(depth);
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  if (registry().find(drive_number) == registry().end()) {
+    throw Error(ErrorKind::kClosed, "this store was closed; open a new one");
+  }
+  OpenQueue& entry = queue_registry()[queue_number];
+  replaced = std::move(entry.queue);
+  entry = {drive_number, std::move(opened)};
+}
+
+std::shared_ptr<SlabQueue> find_queue(const Tensor& queue) {
+  const int64_t number = handle_values(queue)[1];
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = queue_registry().find(number);
+  if (found == queue_registry().end()) {
+    throw Error(ErrorKind::kClosed, "this I/O queue, or its store, is closed; open a new one");
+  }
+  return found->second.queue;
+}
+
+void io_submit(const Tensor& queue, bool write, int64_t file_offset, const Tensor& memory, int64_t offset,
+               int64_t byte_count, int64_t tag) {
+  const std::shared_ptr<SlabQueue> target = find_queue(queue);
+  if (memory.scalar_type() != ScalarType::Byte || !memory.is_contiguous() || !memory.is_cpu()) {
+    fail("memory must be a contiguous uint8 CPU tensor");
+  }
+  if (offset < 0 || byte_count < 0 || byte_count > memory.numel() - offset) {
+    fail("offset and byte_count must lie in memory's " + text(memory.numel()) + " bytes, got " +
+         text(byte_count) + " bytes from " + text(offset) + " on");
+  }
+  SlabRequest request;
+  request.write = write;
+  request.file_offset = file_offset;
+  request.memory = static_cast<uint8_t*>(memory.mutable_data_ptr()) + offset;
+  request.byte_count = byte_count;
+  request.tag = tag;
+  target->submit(request, std::make_shared<Tensor>(memory));
+}
+
+// [m, 2]: tag, errno
+Tensor io_reap(const Tensor& queue, bool wait) {
+  const std::vector<SlabCompletion> done = find_queue(queue)->reap(wait);
+  Tensor result = new_tensor({static_cast<int64_t>(done.size()), 2}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const SlabCompletion& completion : done) {
+    *values++ = completion.tag;
+    *values++ = completion.error;
+  }
+  std::shared_ptr<Drive> drive;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    const auto found = registry().find(handle_values(queue)[0]);
+    if (found != registry().end()) drive = found->second;
+  }
+  if (drive != nullptr) warn_about(drive.get());
+  return result;
+}
+
+void io_close(const Tensor& queue) {
+  std::shared_ptr<SlabQueue> closing;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    const auto found = queue_registry().find(handle_values(queue)[1]);
+    if (found == queue_registry().end()) return;
+    closing = std::move(found->second.queue);
+    queue_registry().erase(found);
+  }
+  closing->close();
+}
+
 // ---- reporting ----
 
 // Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
@@ -788,6 +891,8 @@ Tensor stats(const Tensor& drive) {
   warn_about(source.drive.get());
   return text_tensor(json);
 }
+
+Tensor file_path(const Tensor& drive) { return text_tensor(open_handle(drive).drive->reopen_path()); }
 
 Tensor probe(std::string directory, std::string io_engine) {
   const ProbeResult result = probe_directory(directory, io_engine);
@@ -877,6 +982,14 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "read(Tensor handle, bool values, ScalarType dtype, SymInt row_begin, SymInt row_count, SymInt "
       "kv_begin, "
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
+  m.def("io_open(Tensor(a!) queue, Tensor drive, int depth) -> ()");
+  m.def(
+      "io_submit(Tensor(a!) queue, bool write, int file_offset, Tensor(b!) memory, int offset, int "
+      "byte_count, "
+      "int tag) -> ()");
+  m.def("io_reap(Tensor(a!) queue, bool wait) -> Tensor");
+  m.def("io_close(Tensor(a!) queue) -> ()");
+  m.def("file_path(Tensor drive) -> Tensor");
   m.def("stats(Tensor drive) -> Tensor");
   m.def("probe(str directory, str io_engine) -> Tensor");
   m.def("read_header(str path) -> Tensor");
@@ -923,5 +1036,10 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));
   m.impl("read", TORCH_BOX(&csd::ops::read));
+  m.impl("io_open", TORCH_BOX(&csd::ops::io_open));
+  m.impl("io_submit", TORCH_BOX(&csd::ops::io_submit));
+  m.impl("io_reap", TORCH_BOX(&csd::ops::io_reap));
+  m.impl("io_close", TORCH_BOX(&csd::ops::io_close));
+  m.impl("file_path", TORCH_BOX(&csd::ops::file_path));
   m.impl("stats", TORCH_BOX(&csd::ops::stats));
 }

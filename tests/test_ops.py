@@ -24,10 +24,12 @@ def stored(make_store):
 
 OPEN_SETTINGS = ("auto", "auto", 2**20, 1, 4, -1, True, True, 0, "", "", torch.zeros(16, dtype=torch.uint8))
 
-# Those that drive.py and the GPU path call between forwards or within an op: no graph has them, so no fakes.
+# Those that are called between forwards, or by the GPU path within an op: no graph has them. They have no fakes, or,
+# io_submit, memory that opcheck would copy to where direct I/O cannot reach it.
 UNTRACED = {
     "adopt", "restore_layer", "commit", "release", "verify", "shrink", "check_room", "check_summary_room",
     "read_header", "lease", "copy_leased", "append_reserved", "fill_reserved", "finish_reserved", "end_lease",
+    "io_submit",
 }  # fmt: skip
 
 
@@ -59,6 +61,10 @@ def op_calls(store, directory):
         "scores": (handle, q, 0, 0, 130),
         "weighted_sum": (handle, torch.rand(2, 4, 3, 130), 0, 0, 130, 24),
         "read": (handle, False, torch.float32, 0, 2, 0, 130, 2, 16),
+        "io_open": (torch.tensor([int(drive[0]), 10**6, -1]), drive, 2),
+        "io_reap": (ops.io_open(drive, depth=1), True),
+        "io_close": (torch.tensor([int(drive[0]), 10**6, -1]),),
+        "file_path": (drive,),
         "stats": (drive,),
         "close": (torch.tensor([-1, -1, -1]),),
     }
@@ -75,7 +81,7 @@ def test_every_op_is_listed_here(stored, tmp_path):
     [
         "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append",
         "truncate", "trim", "reorder", "flush", "keep_summary", "attend", "attend_sparse", "prefetch", "scores",
-        "weighted_sum", "read", "stats", "close",
+        "weighted_sum", "read", "io_open", "io_reap", "io_close", "file_path", "stats", "close",
     ],
 )  # fmt: skip
 def test_opcheck(stored, tmp_path, name):

@@ -116,6 +116,7 @@ def _settle(handle: Tensor) -> None:
 
 _drive_numbers = itertools.count()
 _layer_numbers = itertools.count()
+_queue_numbers = itertools.count()
 
 
 def open_drive(
@@ -576,6 +577,51 @@ def read(
     return _call(_ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim)
 
 
+# ---- the drive's I/O, for memory of others ------------------------------------------------------------------------
+
+
+def io_open(drive: Tensor, *, depth: int) -> Tensor:
+    """A new queue of the drive's own I/O engine over its file. It ends with :func:`io_close`, or with the drive.
+
+    Thread-safe, one call at a time; no call waits for what else the drive does.
+    """
+    queue = torch.tensor([int(drive[0]), next(_queue_numbers), -1])
+    _call(_ops.io_open, queue, drive, depth)
+    return queue
+
+
+def io_submit(
+    queue: Tensor, *, write: bool, file_offset: int, memory: Tensor, offset: int, byte_count: int, tag: int
+) -> None:
+    """Begins to move bytes between the file and ``memory`` (uint8, CPU, contiguous), which is kept alive until then.
+
+    ``file_offset``, ``byte_count`` and the address of ``memory[offset]`` are multiples of 4096.
+
+    Raises:
+        ValueError: they are not, or the range lies outside of the memory, or of where the file has pages.
+        StoreError: a write, but the drive only reads. RuntimeError: as many requests are in flight as it is deep.
+    """
+    if not memory.is_cpu:
+        raise ValueError(f"memory must be in host memory, got a tensor on {memory.device}")
+    _call(_ops.io_submit, queue, write, file_offset, memory, offset, byte_count, tag)
+
+
+def io_reap(queue: Tensor, *, wait: bool = False) -> list[tuple[int, int]]:
+    """Requests that are done: ``(tag, errno)``, 0 for success; EIO was tried twice. wait: at least one, if there is any
+    in flight."""
+    return [(tag, error) for tag, error in _call(_ops.io_reap, queue, wait).tolist()]
+
+
+def io_close(queue: Tensor) -> None:
+    """Waits for what is in flight; its completions are lost. Idempotent."""
+    _call(_ops.io_close, queue)
+
+
+def file_path(drive: Tensor) -> str:
+    """By which another opener of this process reaches the drive's file, which may have no name."""
+    return _text(_call(_ops.file_path, drive))
+
+
 # ---- reporting --------------------------------------------------------------------------------------------------
 
 
@@ -643,6 +689,9 @@ for _name in (
     "trim",
     "reorder",
     "flush",
+    "io_open",
+    "io_submit",
+    "io_close",
 ):
 
     @torch.library.register_fake(f"torch_csd::{_name}")
@@ -650,7 +699,12 @@ for _name in (
         return None
 
 
-for _name in ("stats", "probe", "read_header", "supported_simd"):
+@torch.library.register_fake("torch_csd::io_reap")
+def _(queue, wait):
+    return queue.new_empty(torch.library.get_ctx().new_dynamic_size(), 2)
+
+
+for _name in ("stats", "probe", "read_header", "supported_simd", "file_path"):
 
     @torch.library.register_fake(f"torch_csd::{_name}")
     def _(*args):

@@ -28,6 +28,7 @@
 #include "executor/ahead.h"
 #include "executor/attend.h"
 #include "executor/packer.h"
+#include "executor/slab_io.h"
 #include "executor/sparse.h"
 #include "executor/stream.h"
 #include "executor/writer.h"
@@ -222,6 +223,13 @@ class Drive {
   void check_summary_room(const SummaryRequest& request);
   int64_t durable_file_bytes() const { return durable_file_bytes_; }  // when it was opened
   int64_t file_bytes();                                               // now, once it has adopted
+
+  // A queue of the drive's own engine over its file, for memory of others (slab_io.cpp). Takes no lock. It
+  // must be closed before the drive goes.
+  std::shared_ptr<SlabQueue> make_slab_queue(int64_t depth);
+  // By which others of this process can open the same file, which may have no name: valid while the drive is
+  // open.
+  std::string reopen_path() const;
 
   std::string stats_json();
 

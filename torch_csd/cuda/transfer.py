@@ -1,20 +1,25 @@
 """Moving bytes between the drive's file and slabs of device memory. Knows nothing of attention.
 
-Two implementations, one contract (tests/cuda/test_transfer.py): `gds.GdsTransfer`, by kvikio and GPUDirect Storage, and
-`pinned.PinnedTransfer`, by the drive's own I/O engine, pinned host memory and a copy stream. `probe` finds out which.
+Two implementations, one contract (tests/cuda_transfer/test_contract.py): `gds.GdsTransfer`, by kvikio and GPUDirect
+Storage, and `pinned.PinnedTransfer`, by the drive's own I/O engine, pinned host memory and copy streams. `probe` finds
+out which.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from torch_csd.catalogue import BLOCK_BYTES, DATA_OFFSET
 from torch_csd.cuda.device import Event
+from torch_csd.errors import StoreClosedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slab:
     """Memory of our own that requests move bytes to and from."""
 
@@ -24,9 +29,12 @@ class Slab:
     host: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One range of the file and one of a slab. All numbers are multiples of 4096."""
+    """One range of the file and one of a slab. All numbers are multiples of 4096.
+
+    While it is in flight nobody else touches its part of the slab, but for what `after` waits for.
+    """
 
     write: bool
     file_offset: int
@@ -45,10 +53,13 @@ class Completion(NamedTuple):
 
 
 class Transfer(Protocol):
-    """Not thread-safe: one call at a time. A request's slab and event are kept alive until it is reaped."""
+    """Not thread-safe: one call at a time. A request's slab and event are kept alive until it is reaped.
+
+    Whoever makes one closes it before the drive; what is called after either is closed raises StoreClosedError.
+    """
 
     name: str  # "gds" or "pinned"
-    depth: int  # requests in flight at most
+    depth: int  # requests in flight at most: submitted and not reaped
     read_bytes: int  # moved so far
     written_bytes: int
 
@@ -56,8 +67,9 @@ class Transfer(Protocol):
         """A new slab."""
 
     def submit(self, request: Request) -> None:
-        """Begins a request. Raises RuntimeError when `depth` are in flight, and what makes it impossible to begin; it
-        is not in flight then. Short counts are resumed: a completion is always the whole request, or an error."""
+        """Begins a request; returns without waiting for it. Raises RuntimeError when `depth` are in flight, and
+        ValueError for numbers that are not aligned or lie outside of the slab or of the file's pages; it is not in
+        flight then. Short counts are resumed: a completion is always the whole request, or an error."""
 
     def reap(self, *, wait: bool = False) -> list[Completion]:
         """Requests that are done, in any order. wait: until there is at least one, unless none is in flight."""
@@ -70,3 +82,61 @@ class Transfer(Protocol):
 
     def close(self) -> None:
         """Drains, and lets go of the file and the slabs. Idempotent."""
+
+
+# ---- what both implementations share ---------------------------------------------------------------------------------
+
+
+def check_request(request: Request, file_bytes: int) -> None:
+    """Raises ValueError for a request that is not aligned, or lies outside of its slab or of the pages of a file."""
+    numbers = (
+        ("file_offset", request.file_offset),
+        ("byte_count", request.byte_count),
+        ("slab_offset", request.slab_offset),
+    )
+    for name, value in numbers:
+        if value % BLOCK_BYTES or value < 0:
+            raise ValueError(f"{name} must be a multiple of {BLOCK_BYTES}, got {value}")
+    slab_bytes = request.slab.memory.numel()
+    if not 0 < request.byte_count <= slab_bytes - request.slab_offset:
+        raise ValueError(
+            f"a request must lie in its slab of {slab_bytes} bytes, got {request.byte_count} bytes from "
+            f"{request.slab_offset} on"
+        )
+    if not DATA_OFFSET <= request.file_offset <= file_bytes - request.byte_count:
+        raise ValueError(
+            f"a request must lie in bytes {DATA_OFFSET} to {file_bytes} of the file, got {request.byte_count} bytes "
+            f"from {request.file_offset} on"
+        )
+
+
+def io_error(request: Request, code: int, detail: str = "") -> OSError:
+    """What a completion says of a request that failed; detail: what the library says of it."""
+    verb = "writing" if request.write else "reading"
+    text = f"{os.strerror(code)}: {verb} {request.byte_count} bytes at byte {request.file_offset} of the KV file failed"
+    return OSError(code, f"{text} ({detail})" if detail else text)
+
+
+class OpenFile:
+    """A path to a file that grows, and how long it is: looked at again only when that is too short."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._bytes = 0
+
+    def check(self, request: Request) -> None:
+        """As `check_request`."""
+        if request.file_offset + request.byte_count > self._bytes:
+            try:
+                self._bytes = os.stat(self.path).st_size
+            except FileNotFoundError:  # the drive's descriptor is gone
+                raise closed_error() from None
+        check_request(request, self._bytes)
+
+
+def closed_error() -> StoreClosedError:
+    return StoreClosedError("this transfer between drive and GPU is closed; open a new one")
+
+
+def end_of_file_error(request: Request) -> OSError:
+    return io_error(request, errno.EIO, "end of file")
