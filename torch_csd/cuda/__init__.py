@@ -7,6 +7,7 @@ kvikio.
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from torch_csd.config import StoreConfig
 from torch_csd.cuda.calibrate import measure_rates
 from torch_csd.cuda.card import Card
 from torch_csd.cuda.device import Device
-from torch_csd.cuda.probe import choose_transfer, probe_gpu_io
 from torch_csd.errors import GpuUnavailableError
+
+if TYPE_CHECKING:
+    from torch_csd.cuda.transfer import Transfer
 
 
 def check_available(config: StoreConfig) -> None:
@@ -30,7 +33,9 @@ def check_available(config: StoreConfig) -> None:
         raise GpuUnavailableError(f"{wanted} needs a CUDA device; there is none (torch {torch.__version__})")
     _check_packages(wanted)
     if config.gpu_io == "gds":
-        verdict = probe_gpu_io(config.directory)
+        from torch_csd.cuda.probe import probe_gpu_io
+
+        verdict = probe_gpu_io(config.directory, torch.cuda.current_device())
         if verdict.path != "gds":
             raise GpuUnavailableError(f'gpu_io="gds": {verdict.reason}')
 
@@ -52,6 +57,16 @@ def open_device(device: torch.device) -> Device:
     return CudaDevice(device)
 
 
+def choose_transfer(card: Device, drive: Tensor, config: StoreConfig) -> tuple[Transfer, str]:
+    """How bytes move between the drive and the card, and why so."""
+    from torch_csd.cuda import probe  # not above: it is run as a program, too
+
+    transfer = probe.choose_transfer(card, drive, config.directory, config.gpu_io)
+    if config.gpu_io == "pinned":
+        return transfer, "pinned memory, as asked"
+    return transfer, probe.probe_gpu_io(config.directory, card.torch_device.index or 0).reason
+
+
 def open_card(device: torch.device, drive: Tensor, config: StoreConfig) -> Card:
     """A drive's share on a card.
 
@@ -59,7 +74,7 @@ def open_card(device: torch.device, drive: Tensor, config: StoreConfig) -> Card:
         GpuUnavailableError: a package is missing, or GPUDirect Storage was asked for and is not active.
     """
     card = open_device(device)
-    transfer, reason = choose_transfer(card, drive, config.directory, config.gpu_io)
+    transfer, reason = choose_transfer(card, drive, config)
     try:
         rates = measure_rates(card, config, direct=transfer.name == "gds") if config.executor == "auto" else None
         return Card(

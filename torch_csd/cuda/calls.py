@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,14 @@ class Call:
         if self.causal == ops.CAUSAL_UPPER_LEFT:
             return np.full_like(self.ends, self.kv_begin)
         return self.ends - self.q.shape[2]
+
+    @functools.cached_property
+    def additive_mask(self) -> Tensor | None:
+        """float32, on q's device."""
+        if self.mask is None or self.mask.dtype != torch.bool:
+            return None if self.mask is None else self.mask.to(self.q.device, torch.float32)
+        mask = self.mask.to(self.q.device)
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 
     def is_plain(self, layout: PageLayout, row_count: int) -> bool:
         """Whether a card can take part: not in what is wrong, which the drive has words for, nor in what is rare.

@@ -81,10 +81,12 @@ class Card:
 
     # ---- layers --------------------------------------------------------------------------------------------------
 
-    def adopt(self, handle: Tensor, layout: PageLayout) -> None:
-        """A layer of pages like these has this card."""
+    def adopt(
+        self, handle: Tensor, num_kv_heads: int, head_dim_k: int, head_dim_v: int, dtype: torch.dtype, code_bits: int
+    ) -> None:
+        """A layer whose full pages are like this has a share in the card."""
         with self._lock:
-            self._layouts[int(handle[1])] = layout
+            self._layouts[int(handle[1])] = PageLayout(num_kv_heads, head_dim_k, head_dim_v, dtype, code_bits)
 
     def share(self, source: Tensor, handle: Tensor) -> None:
         with self._lock:
@@ -163,6 +165,7 @@ class Card:
     ) -> tuple[Tensor, Tensor] | None:
         with self._lock:
             if self._executor == "near" and self._budget_bytes == 0:
+                self._near_calls += 1
                 return None
             layout = self._layouts.get(int(handle[1]))
             if layout is None:
@@ -181,28 +184,27 @@ class Card:
             self._packer.note_finished()
             return self._attend(call, layout, state)
 
-    def _attend(self, call: Call, layout: PageLayout, state: ops.LayerState) -> tuple[Tensor, Tensor] | None:
+    def _attend(self, call: Call, layout: PageLayout, state: ops.LayerState) -> tuple[Tensor, Tensor]:
         start_s = time.perf_counter()
         batch = call.q.shape[0]
         span = dict(row_begin=call.row_begin, row_count=batch, kv_begin=call.kv_begin, kv_end=call.kv_end)
         lease = Lease(call.handle, **span)
         try:
+            # Each place serves one range of tokens: the card those before a page, the drive's executor the others.
             first_page = call.kv_begin // PAGE_TOKENS
             counts = np.bincount(lease.table[:, ops.ROW] - call.row_begin, minlength=batch)
             end_page = first_page + int(counts.min())
-            uses = Uses.of(lease.table, call, end_page)
             share = self._share(call, layout, state)
-            present = np.zeros(len(uses.pages), bool) if share is None else share.has(uses.pages)
-            work = self._work(call, layout, lease, uses, present)
+            share_end = first_page if share is None else min(max(share.end // PAGE_TOKENS, first_page), end_page)
+            uses = Uses.of(lease.table, call, end_page)
+            work = self._work(call, layout, uses, share_end)
             executor = self._choose(work)
-            if executor == "near":
-                # What is here counts up to the first page that is not: the rest is one range.
-                missing = uses.indices[~present]
-                end_page = int(missing.min()) if len(missing) > 0 else end_page
-                present &= uses.indices < end_page
-                result = self._attend_near(call, layout, uses.some(present), share, end_page)
+            end_page = end_page if executor == "gpu" else share_end
+            uses = uses.some(uses.indices < end_page)
+            if len(uses.pages) == 0:
+                result = self._near(call, call.kv_begin, partial=False)
             else:
-                result = self._attend_gpu(call, layout, lease, uses, present, share, end_page)
+                result = self._attend_on_card(call, layout, lease, uses, share, end_page, foresee=executor == "gpu")
         finally:
             lease.end()
         if self._model is not None:
@@ -222,15 +224,16 @@ class Card:
             share = self._residents.give(call.handle, state, layout.page_bytes, stored_bytes)
         return share
 
-    def _work(self, call: Call, layout: PageLayout, lease: Lease, uses: Uses, present: np.ndarray) -> Work:
-        pages, places = np.unique(uses.pages[~present], return_index=True)
-        on_drive = int((uses.file_offsets[~present][places] >= 0).sum())
+    def _work(self, call: Call, layout: PageLayout, uses: Uses, share_end: int) -> Work:
+        pages, places, row_counts = np.unique(uses.pages, return_index=True, return_counts=True)
+        on_card = uses.indices[places] < share_end
+        on_drive = ~on_card & (uses.file_offsets[places] >= 0)
         queries = call.q.shape[2] * call.q.shape[1] // layout.num_kv_heads
         return Work(
-            drive_bytes=on_drive * layout.page_bytes,
-            host_bytes=(len(pages) - on_drive) * layout.page_bytes,
-            card_bytes=len(np.unique(uses.pages[present])) * layout.page_bytes,
-            queries=queries,
+            drive_bytes=int(on_drive.sum()) * layout.page_bytes,
+            host_bytes=int((~on_card & ~on_drive).sum()) * layout.page_bytes,
+            card_bytes=int(on_card.sum()) * layout.page_bytes,
+            queries=queries * int(row_counts.max(initial=1)),
             q_bytes=4 * call.q.numel(),
             partial_bytes=4 * call.q.numel() // call.q.shape[3] * (call.head_dim_v + 1),
         )
@@ -244,41 +247,34 @@ class Card:
             self._gpu_calls += 1
         return executor
 
-    def _attend_near(
-        self, call: Call, layout: PageLayout, uses: Uses, share: Share | None, end_page: int
-    ) -> tuple[Tensor, Tensor]:
-        """``uses`` are on the card; from ``end_page`` on it is near the drive."""
-        if len(uses.pages) == 0:
-            return self._near(call, call.kv_begin, partial=False)
-        on_card = self._new_partial(call)
-        self._attend_pages(call, layout, uses, share.addresses(uses.pages), on_card)
-        begin = max(end_page * PAGE_TOKENS, call.kv_begin)
-        return self._merge(call, [on_card, self._near(call, begin, partial=True)])
-
-    def _attend_gpu(
+    def _attend_on_card(
         self,
         call: Call,
         layout: PageLayout,
         lease: Lease,
         uses: Uses,
-        present: np.ndarray,
         share: Share | None,
         end_page: int,
+        *,
+        foresee: bool,
     ) -> tuple[Tensor, Tensor]:
-        self._foresee(call)
+        """``uses``, all before ``end_page``, on the card; the tokens from there on near the drive, at the same time."""
+        if foresee:
+            self._foresee(call)
         stream = self._device.current_stream()
-        arrivals = Incoming(self._uploads, lease, layout.page_bytes, uses.some(~present))
+        present = np.zeros(len(uses.pages), bool) if share is None else share.has(uses.pages)
+        incoming = Incoming(self._uploads, lease, layout.page_bytes, uses.some(~present))
         checks: list[tuple[Arrival, Tensor]] = []
         on_card = self._new_partial(call)
         try:
-            arrivals.begin()
-            tail_begin = max(end_page * PAGE_TOKENS, call.kv_begin)
+            incoming.begin()
+            rest_begin = max(end_page * PAGE_TOKENS, call.kv_begin)
             # q goes down before the kernels are issued: it would wait for them.
-            tail = self._near(call, tail_begin, partial=True) if (call.ends > tail_begin).any() else None
-            if present.any():
-                here = uses.some(present)
+            rest = self._near(call, rest_begin, partial=True) if (call.ends > rest_begin).any() else None
+            here = uses.some(present)
+            if share is not None:
                 self._attend_pages(call, layout, here, share.addresses(here.pages), on_card)
-            for arrival, part, slots in arrivals:
+            for arrival, part, slots in incoming:
                 if arrival.error is not None:
                     raise unreadable(self._path, arrival)
                 for event in arrival.ready:
@@ -290,12 +286,13 @@ class Card:
                         share.keep(int(arrival.pages[slot]), arrival.image(slot))
                 addresses = arrival.chunk.memory.data_ptr() + slots * layout.page_bytes
                 self._attend_pages(call, layout, part, addresses, on_card)
-                arrivals.finish(arrival, stream.record_event())
-            self._read_ahead(call)
+                incoming.finish(arrival, stream.record_event())
+            if foresee:
+                self._read_ahead(call)
             self._compare(checks, share)
         finally:
-            arrivals.close()
-        return self._merge(call, [on_card] if tail is None else [on_card, tail])
+            incoming.close()
+        return self._merge(call, [on_card] if rest is None else [on_card, rest])
 
     def _near(self, call: Call, begin: int, *, partial: bool) -> tuple[Tensor, Tensor]:
         """Near the drive: tokens from ``begin`` on. A partial is float32 and leaves the sinks out."""
@@ -328,7 +325,29 @@ class Card:
 
     def _attend_pages(self, call: Call, layout: PageLayout, uses: Uses, addresses: np.ndarray, into: Partial) -> None:
         """Folds what the queries see of pages that are at these addresses into a partial."""
-        raise NotImplementedError
+        if len(addresses) == 0:
+            return
+        offsets = np.searchsorted(uses.rows, np.arange(call.q.shape[0] + 1))
+        pages = Pages(self._to_card(addresses), self._to_card(uses.indices), self._to_card(offsets))
+        stream = self._device.current_stream()
+        self._kernels.attend(call.q, pages, layout, self._rules(call), into, stream=stream)
+
+    def _rules(self, call: Call) -> Rules:
+        return Rules(
+            scale=call.scale,
+            first_positions=self._to_card(call.first_positions),
+            kv_begin=call.kv_begin,
+            kv_ends=self._to_card(call.ends),
+            causal=call.causal != ops.CAUSAL_NONE,
+            window=call.window,
+            softcap=call.softcap,
+            mask=call.additive_mask,
+            mask_begin=call.kv_begin,
+            alibi_slopes=call.alibi_slopes,
+        )
+
+    def _to_card(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device.torch_device)
 
     def _checksums_of(self, arrival: Arrival, layout: PageLayout) -> Tensor:
         images = arrival.chunk.memory[: len(arrival.pages) * layout.page_bytes]

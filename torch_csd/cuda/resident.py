@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from torch_csd.cuda.pages import Lease
 
 
 class Share:
-    """A layer's pages up to token ``end`` of all rows. They have memory on the card, and come when they are first read."""
+    """A layer's pages up to token ``end`` of all rows. They have memory on the card; each comes when first read."""
 
     def __init__(self, device: Device, handle: Tensor, state: ops.LayerState, end: int, page_bytes: int):
         self.end = end
@@ -94,7 +96,8 @@ class Residents:
     def give(self, handle: Tensor, state: ops.LayerState, page_bytes: int, stored_bytes: int) -> Share | None:
         """A share for a layer that has none: as much of each row as the budget is of ``stored_bytes``, all layers'."""
         part = min(1.0, self._budget_bytes / max(stored_bytes, 1))
-        pages = int(part * (min(state.lengths, default=0) // PAGE_TOKENS))
+        # Rounded up, so that small budgets are not lost: the last layers find what is left.
+        pages = math.ceil(part * (min(state.lengths, default=0) // PAGE_TOKENS))
         fitting = (self._budget_bytes - self.byte_count) // page_bytes
         pages = min(pages, fitting // max(len(state.lengths), 1))
         if pages <= state.begin // PAGE_TOKENS:
