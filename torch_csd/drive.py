@@ -143,8 +143,14 @@ class Drive:
     def stats(self) -> dict[str, int | float | str | bool]:
         stats = ops.stats(self.handle)
         for card in self._cards.values():
-            if card is not None:
-                stats |= card.stats()
+            if card is None:
+                continue
+            of_card = card.stats()
+            # Bytes by path, whoever moved them.
+            stats["drive_read_bytes"] += of_card["gpu_drive_read_bytes"]
+            stats["resident_read_bytes"] += of_card["gpu_host_read_bytes"]
+            stats["drive_written_bytes"] += of_card["gpu_written_bytes"]
+            stats |= of_card
         if self.gpu_reason:
             stats["gpu_reason"] = self.gpu_reason
         return stats

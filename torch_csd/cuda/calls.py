@@ -14,6 +14,12 @@ from torch_csd import ops
 from torch_csd.catalogue import PAGE_TOKENS
 from torch_csd.cuda.layout import PageLayout
 
+# As in attend_pass.h.
+SEARCHED_QUERIES_MAX = 16
+
+# Float32 has 24 bits: from 2**24 on, the log of a count of keys is lost.
+LOWEST_MERGED = -(2.0**20)
+
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,8 +45,6 @@ class Call:
     @property
     def first_positions(self) -> np.ndarray:
         """int64 [batch]: of query 0 of each row."""
-        if self.causal == ops.CAUSAL_UPPER_LEFT:
-            return np.full_like(self.ends, self.kv_begin)
         return self.ends - self.q.shape[2]
 
     @functools.cached_property
@@ -51,10 +55,35 @@ class Call:
         mask = self.mask.to(self.q.device)
         return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 
+    @functools.cached_property
+    def seen_pages(self) -> np.ndarray | None:
+        """bool [batch or 1, pages from that of kv_begin on]: the mask lets some query see of it. None: it may be any.
+
+        Of few queries only: many see everything between them, and each may have a mask of its own to be searched.
+        """
+        if self.mask is None or self.mask.shape[3] == 1 or self.q.shape[2] > SEARCHED_QUERIES_MAX:
+            return None
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask != -torch.inf
+        seen = seen.any(1).any(1)
+        before = self.kv_begin % PAGE_TOKENS
+        seen = torch.nn.functional.pad(seen, (before, -(before + seen.shape[1]) % PAGE_TOKENS))
+        return seen.view(seen.shape[0], -1, PAGE_TOKENS).any(2).cpu().numpy()
+
+    def has_tiny_rows(self) -> bool:
+        """Whether the mask has nothing for some query but numbers so low that the log of a count changes none of them.
+
+        Its attention is then a mean over all keys, and parts of it cannot be merged: lse does not tell how many each had.
+        """
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return False
+        best = self.mask.amax(-1)
+        return bool(((best < LOWEST_MERGED) & (best > -torch.inf)).any())
+
     def is_plain(self, layout: PageLayout, row_count: int) -> bool:
         """Whether a card can take part: not in what is wrong, which the drive has words for, nor in what is rare.
 
-        Rare are queries that stand at the beginning of the tokens, unless that is the end, too.
+        Rare are queries that stand at the beginning of the tokens, unless that is the end, too: then "lower right" says
+        the same, and goes on saying it for a part of the tokens.
         """
         if self.q.dim() != 4 or self.q.numel() == 0 or self.q.dtype not in QUERY_DTYPES:
             return False
@@ -67,9 +96,9 @@ class Call:
             return False
         if self.mask is not None:
             whole = (batch, num_heads, q_len, int(self.ends.max()) - self.kv_begin)
-            if self.mask.dim() != 4 or any(
-                size not in (1, full) for size, full in zip(self.mask.shape, whole, strict=True)
-            ):
+            if self.mask.dim() != 4 or self.has_tiny_rows():
+                return False
+            if any(size not in (1, full) for size, full in zip(self.mask.shape, whole, strict=True)):
                 return False
         return self.causal != ops.CAUSAL_UPPER_LEFT or bool((self.ends - q_len == self.kv_begin).all())
 
@@ -93,6 +122,9 @@ class Uses(NamedTuple):
             seen &= (indices + 1) * PAGE_TOKENS > first - call.window + 1
         if call.causal != ops.CAUSAL_NONE:
             seen &= indices * PAGE_TOKENS < first + call.q.shape[2]
+        if call.seen_pages is not None:
+            masked = np.broadcast_to(call.seen_pages, (call.q.shape[0], call.seen_pages.shape[1]))
+            seen &= masked[rows, np.minimum(indices - call.kv_begin // PAGE_TOKENS, masked.shape[1] - 1)]
         places = np.flatnonzero(seen)
         return Uses(table[places, ops.PAGE], rows[places], indices[places], places, table[places, ops.FILE_OFFSET])
 

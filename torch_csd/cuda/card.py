@@ -6,6 +6,7 @@ brought to it or attended to near the drive, and the newest tokens, whose page i
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import threading
@@ -78,6 +79,11 @@ class Card:
         self._gpu_calls = 0
         self._last_work: Work | None = None
         self._closed = False
+        self._process = os.getpid()
+
+    def _is_ours(self) -> bool:
+        """Not so in a forked child, whose every use of the drive is an error that the drive raises."""
+        return os.getpid() == self._process
 
     # ---- layers --------------------------------------------------------------------------------------------------
 
@@ -99,6 +105,8 @@ class Card:
             self._summarised.add(int(handle[1]))
 
     def forget(self, handle: Tensor) -> None:
+        if not self._is_ours():
+            return
         with self._lock:
             layer = int(handle[1])
             if not self._closed:
@@ -115,6 +123,8 @@ class Card:
     # ---- appends -------------------------------------------------------------------------------------------------
 
     def append(self, handle: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> ops.LayerState | None:
+        if not self._is_ours():
+            return None
         with self._lock:
             self.settle(handle)
             layout = self._layouts.get(int(handle[1]))
@@ -135,6 +145,8 @@ class Card:
             return self._packer.append(handle, k, v, layout, state.lengths[0] if state.lengths else 0)
 
     def settle(self, handle: Tensor | None = None) -> None:
+        if not self._is_ours():
+            return
         with self._lock:
             error = self._packer.settle(None if handle is None else int(handle[1]))
             if error is not None:
@@ -163,6 +175,8 @@ class Card:
         kv_begin: int,
         kv_end: int,
     ) -> tuple[Tensor, Tensor] | None:
+        if not self._is_ours():
+            return None
         with self._lock:
             if self._executor == "near" and self._budget_bytes == 0:
                 self._near_calls += 1
@@ -181,6 +195,8 @@ class Card:
             # What is wrong with a call, and what is rare, is the drive's to deal with.
             if not call.is_plain(layout, len(state.lengths)):
                 return None
+            if causal == ops.CAUSAL_UPPER_LEFT:
+                call = dataclasses.replace(call, causal=ops.CAUSAL_LOWER_RIGHT)
             self._packer.note_finished()
             return self._attend(call, layout, state)
 
@@ -435,6 +451,9 @@ class Card:
             return stats
 
     def close(self) -> None:
+        """What was appended is awaited, or given up with an error that nobody is left to be told."""
+        if not self._is_ours():
+            return
         with self._lock:
             if self._closed:
                 return

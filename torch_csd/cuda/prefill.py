@@ -98,8 +98,11 @@ class Packer:
             for first in range(0, pages, per_chunk):
                 places = np.arange(first, min(first + per_chunk, pages)) + row * pages
                 chunk = self._take_chunk()
-                append.under_way += 1
-                self._pack_chunk(append, chunk, places, row_k, row_v, layout, begin + first * PAGE_TOKENS)
+                try:
+                    self._pack_chunk(append, chunk, places, row_k, row_v, layout, begin + first * PAGE_TOKENS)
+                except BaseException:
+                    self._staging.give_back(chunk, self._stream.record_event())
+                    raise
 
     def _pack_chunk(
         self, append: _Append, chunk: Chunk, places: np.ndarray, k: Tensor, v: Tensor, layout: PageLayout, begin: int
@@ -119,6 +122,7 @@ class Packer:
         packed = self._stream.record_event()
         self.packed_bytes += len(images)
         # k, v and checksums are kept for as long as the kernels use them.
+        append.under_way += 1
         self._staging.when(packed, lambda: self._packed(append, chunk, places, on_host, packed, (k, v, checksums)))
 
     def _packed(
