@@ -104,6 +104,23 @@ def generate(
             metavar="CHOICE",
         ),
     ] = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="With --device cuda, where attention is computed: near (the drive), gpu, auto (by what is measured).",
+            metavar="NAME",
+        ),
+    ] = "auto",
+    gpu_budget: Annotated[
+        str, typer.Option(help="GPU memory for a share of the KV cache that stays there.", metavar="SIZE")
+    ] = "0",
+    gpu_io: Annotated[
+        str,
+        typer.Option(
+            help="How the GPU reaches the drive: gds (GPUDirect Storage), pinned (through host memory), or auto.",
+            metavar="NAME",
+        ),
+    ] = "auto",
     dtype: Annotated[
         str,
         typer.Option(help="Type of the weights: auto (as saved), float32, bfloat16, float16.", metavar="DTYPE"),
@@ -152,6 +169,9 @@ def generate(
             top_p=top_p,
             seed=seed,
             durable=durable,
+            executor=executor,
+            gpu_budget=gpu_budget,
+            gpu_io=gpu_io,
         )
         raise typer.Exit(run(settings, prompts_file=prompts, prompt_texts=prompt or [], output=output))
     except UserError as error:

@@ -48,6 +48,18 @@ class Settings:
     top_p: float | None = None
     seed: int = 0
     durable: bool = False
+    executor: str = "auto"
+    gpu_budget: str = "0"
+    gpu_io: str = "auto"
+
+    def of_store(self) -> dict[str, object]:
+        """What every store of a run is opened with."""
+        return {
+            "memory_budget": self.memory_budget,
+            "executor": self.executor,
+            "gpu_budget": self.gpu_budget,
+            "gpu_io": self.gpu_io,
+        }
 
     def choice(self) -> Sparse | None:
         """Raises ValueError if --sparse says nothing that is known."""
@@ -147,7 +159,7 @@ def _check(settings: Settings) -> None:
     kept = {"durable": True, "name": _unused_name()} if settings.durable else {}
     try:
         settings.choice()
-        KVStore(settings.kv_dir, memory_budget=settings.memory_budget, kv_dtype=settings.kv_dtype, **kept).close()
+        KVStore(settings.kv_dir, kv_dtype=settings.kv_dtype, **settings.of_store(), **kept).close()
     except (StoreError, ValueError) as error:
         raise UserError(one_line(error)) from None
 
@@ -278,7 +290,7 @@ class Job:
             self.model.config,
             self.settings.kv_dir,
             kv_dtype=self.settings.kv_dtype,
-            memory_budget=self.settings.memory_budget,
+            **self.settings.of_store(),
             sparse=self.settings.choice(),
         ) as cache:
             try:
@@ -336,7 +348,7 @@ class Job:
                 config=self.model.config,
                 fingerprint=self.fingerprint,
                 device=self.model.device,
-                memory_budget=self.settings.memory_budget,
+                **self.settings.of_store(),
                 sparse=self.settings.choice(),
             )
         try:
@@ -358,7 +370,7 @@ class Job:
             self.model.config,
             self.settings.kv_dir,
             kv_dtype=self.settings.kv_dtype,
-            memory_budget=self.settings.memory_budget,
+            **self.settings.of_store(),
             durable=True,
             name=name,
             fingerprint=self.fingerprint,

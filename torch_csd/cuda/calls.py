@@ -72,7 +72,7 @@ class Call:
     def has_tiny_rows(self) -> bool:
         """Whether the mask has nothing for some query but numbers so low that the log of a count changes none of them.
 
-        Its attention is then a mean over all keys, and parts of it cannot be merged: lse does not tell how many each had.
+        Its attention is then a mean over all keys; parts of it cannot be merged, since lse hides how many each had.
         """
         if self.mask is None or self.mask.dtype == torch.bool:
             return False
