@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_csd import ops
 from torch_csd.catalogue import PAGE_TOKENS
+from torch_csd.cuda.kernels import Rules
 from torch_csd.cuda.layout import PageLayout
 
 # As in attend_pass.h.
@@ -48,12 +49,27 @@ class Call:
         return self.ends - self.q.shape[2]
 
     @functools.cached_property
-    def additive_mask(self) -> Tensor | None:
-        """float32, on q's device."""
-        if self.mask is None or self.mask.dtype != torch.bool:
-            return None if self.mask is None else self.mask.to(self.q.device, torch.float32)
-        mask = self.mask.to(self.q.device)
-        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    def rules(self) -> Rules:
+        """What the kernels do to scores; on q's device."""
+        device = self.q.device
+        mask = self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            shown = mask.to(device)
+            mask = torch.zeros(shown.shape, device=device).masked_fill_(~shown, -torch.inf)
+        if mask is not None and mask.shape[3] == 1:
+            mask = mask.expand(-1, -1, -1, int(self.ends.max()) - self.kv_begin)
+        return Rules(
+            scale=self.scale,
+            kv_end=torch.from_numpy(self.ends.astype(np.int32)).to(device),
+            kv_begin=self.kv_begin,
+            softcap=self.softcap or None,
+            positions=torch.from_numpy(self.first_positions.astype(np.int32)).to(device),
+            causal=self.causal != ops.CAUSAL_NONE,
+            window=self.window or None,
+            mask=None if mask is None else mask.to(device, torch.float32),
+            mask_begin=self.kv_begin,
+            alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes.to(device),
+        )
 
     @functools.cached_property
     def seen_pages(self) -> np.ndarray | None:

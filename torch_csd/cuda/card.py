@@ -21,7 +21,7 @@ from torch_csd.catalogue import PAGE_TOKENS
 from torch_csd.cuda.calls import Call, Uses
 from torch_csd.cuda.cost import CostModel, Rates, Work
 from torch_csd.cuda.device import Device
-from torch_csd.cuda.kernels import Kernels, Pages, Partial, Rules
+from torch_csd.cuda.kernels import Kernels, Pages, Partial
 from torch_csd.cuda.layout import PageLayout
 from torch_csd.cuda.pages import Arrival, Incoming, Lease, Uploads, by_place, unreadable
 from torch_csd.cuda.prefill import Packer
@@ -344,26 +344,17 @@ class Card:
         if len(addresses) == 0:
             return
         offsets = np.searchsorted(uses.rows, np.arange(call.q.shape[0] + 1))
-        pages = Pages(self._to_card(addresses), self._to_card(uses.indices), self._to_card(offsets))
-        stream = self._device.current_stream()
-        self._kernels.attend(call.q, pages, layout, self._rules(call), into, stream=stream)
-
-    def _rules(self, call: Call) -> Rules:
-        return Rules(
-            scale=call.scale,
-            first_positions=self._to_card(call.first_positions),
-            kv_begin=call.kv_begin,
-            kv_ends=self._to_card(call.ends),
-            causal=call.causal != ops.CAUSAL_NONE,
-            window=call.window,
-            softcap=call.softcap,
-            mask=call.additive_mask,
-            mask_begin=call.kv_begin,
-            alibi_slopes=call.alibi_slopes,
+        pages = Pages(
+            self._to_card(addresses, np.int64),
+            self._to_card(uses.indices, np.int32),
+            self._to_card(offsets, np.int32),
+            tuple(np.diff(offsets).tolist()),
         )
+        stream = self._device.current_stream()
+        self._kernels.attend(call.q, pages, layout, call.rules, into, stream=stream)
 
-    def _to_card(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device.torch_device)
+    def _to_card(self, values: np.ndarray, dtype: type) -> Tensor:
+        return torch.from_numpy(values.astype(dtype)).to(self._device.torch_device)
 
     def _checksums_of(self, arrival: Arrival, layout: PageLayout) -> Tensor:
         images = arrival.chunk.memory[: len(arrival.pages) * layout.page_bytes]

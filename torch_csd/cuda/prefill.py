@@ -114,7 +114,8 @@ class Packer:
         images = chunk.memory[: count * layout.page_bytes]
         checksums = torch.empty(count, dtype=torch.int32, device=self._device.torch_device)
         with self._device.use(self._stream):
-            self._kernels.pack(k, v, layout, images, token_begin=begin, page_count=count, stream=self._stream)
+            paged = images.view(1, count, layout.page_bytes)
+            self._kernels.pack(k, v, layout, paged, token_begin=begin, page_count=count, stream=self._stream)
             self._kernels.checksums(images, layout.page_bytes, checksums, stream=self._stream)
             first_block = chunk.begin // BLOCK_BYTES
             on_host = self._checksums[first_block : first_block + count]
