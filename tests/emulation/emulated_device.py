@@ -25,8 +25,8 @@ SHIM = Path(__file__).resolve().with_name("shim.h")
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC")
 PROGRAM = """#include "{shim}"
 {source}
-extern "C" const char* csd_launch(const unsigned* grid, const unsigned* threads, void** arguments) {{
-  return emulation::launch(&{expression}, {{grid[0], grid[1], grid[2]}}, {{threads[0], threads[1], threads[2]}}, arguments);
+extern "C" const char* csd_launch(const dim3* grid, const dim3* threads, void** arguments) {{
+  return emulation::launch(&{expression}, *grid, *threads, arguments);
 }}
 """
 
