@@ -6,6 +6,7 @@ of its own tries, with a time limit, and what it finds is remembered for each de
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -214,6 +215,7 @@ def _move_and_compare(directory: str, device: torch.device, verdicts: list[str])
 def _counts(cufile: object) -> dict[str, int]:
     """By way: how many operations cuFile has done so."""
     stats = cufile.StatsLevel3()
+    ctypes.memset(stats.ptr, 0, cufile.stats_level3_dtype.itemsize)  # it may be filled only as far as there are devices
     cufile.get_stats_l3(stats.ptr)
     ways = (("nvidia-fs", "nvfs"), ("PCI P2P", "p2p"), ("posix", "posix"))
     return {
