@@ -52,12 +52,12 @@ run: build $(EXAMPLE)/model/prompts.jsonl
 	  --kv-dir $(EXAMPLE)/kv --output $(EXAMPLE)/output.jsonl $(EXAMPLE_FLAGS)
 	@$(BIN)/python tools/compare_with_memory.py $(EXAMPLE)/model $(EXAMPLE)/model/prompts.jsonl $(EXAMPLE)/output.jsonl
 
-test: build
+test: build $(VENV)/.gpu-tools
 	$(PASSIVE) $(PYTEST) $(PYTEST_ARGS)
 
 # Everything that computes, again on each path that this machine would not choose by itself. Not avx512 where there is
 # avx512vnni: it differs in one instruction, and the tests of kernels and of attention run under each anyway.
-test-forced: build
+test-forced: build $(VENV)/.gpu-tools
 	@for simd in $$($(BIN)/python -c 'from torch_csd import ops; print(*[s for s in ops.supported_simd()[:-1] if s != "avx512"])'); do \
 	  echo "TORCH_CSD_SIMD=$$simd"; \
 	  $(PASSIVE) TORCH_CSD_SIMD=$$simd $(PYTEST) -q $(FORCED_TESTS) || exit 1; \
@@ -93,12 +93,12 @@ build: $(VENV)/.built
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.c)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE) $(wildcard tests/native/*.cpp)
+	$(BIN)/clang-format -i $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.c)
 
 clean:
 	rm -rf build dist *.egg-info torch_csd/*.so $(VENV)
@@ -115,6 +115,16 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+# Only the tests want these. --no-deps: kvikio and CuPy ask for the wheels of a whole CUDA toolkit, gigabytes that do nothing
+# without a GPU. A torch built for CUDA has brought them anyway, in its own versions, and gets the real thing.
+$(VENV)/.gpu-tools: tests/gpu-tools.txt $(VENV)/.torch
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	  $(PIP) kvikio-cu13 cupy-cuda13x cuda-bindings; \
+	else \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/gpu-tools.txt; \
+	fi
 	@touch $@
 
 $(VENV)/.built: setup.py $(NATIVE) $(VENV)/.installed

@@ -84,6 +84,15 @@ def test_what_is_read_from_files_is_checked(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="no g++, or no make")
+def test_io_for_others_is_tried_again_and_keeps_its_memory():
+    out = ROOT / "build" / "tests"
+    make = ["make", "-s", f"-j{os.cpu_count()}", "-f", "tests/native/Makefile", f"OUT={out}", f"{out}/test_slab_io"]
+    subprocess.run(make, cwd=ROOT, check=True)
+    run = subprocess.run([str(out / "test_slab_io")], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="no g++, or no make")
 @pytest.mark.parametrize("where", ["memory", "drive"])
 def test_whatever_fails_below_a_drive_nothing_is_lost_or_wrong(tmp_path, where):
     """Every fault in the middle of every operation; on the drive, where that takes its time, of the longest ones."""

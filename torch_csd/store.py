@@ -851,14 +851,29 @@ def attend_layer(
     return out, lse, missing[0] if missing else None
 
 
-def probe(directory: str | os.PathLike[str], io_engine: str = "auto") -> dict[str, int | str | bool | list[str]]:
+def probe(
+    directory: str | os.PathLike[str], io_engine: str = "auto"
+) -> dict[str, int | str | bool | list[str] | dict[str, str]]:
     """How a directory's device can be reached: a real write and read-back by each engine, with and without O_DIRECT.
 
     Returns ``directory``, ``file_system``, ``device``, ``free_bytes``, the choice that a store would make
-    (``io_engine``, ``direct_io``, ``reason``) and ``verdicts``, one line for each combination tried.
+    (``io_engine``, ``direct_io``, ``reason``) and ``verdicts``, one line for each combination tried. Then the way
+    between the drive and the current GPU (``gpu_io``: "gds", "pinned" or "none"; ``gpu_reason``, ``gpu_verdicts``,
+    ``gpu_versions`` of libraries), which takes seconds where there is one.
     """
+    from torch_csd.cuda.probe import probe_gpu_io
+
     if io_engine not in IO_ENGINES:
         raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
     directory = directory_path(directory)
     verdict = ops.probe(directory, io_engine)
-    return {"directory": directory, "free_bytes": shutil.disk_usage(directory).free, **verdict}
+    gpu = probe_gpu_io(directory, torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return {
+        "directory": directory,
+        "free_bytes": shutil.disk_usage(directory).free,
+        **verdict,
+        "gpu_io": gpu.path,
+        "gpu_reason": gpu.reason,
+        "gpu_verdicts": list(gpu.verdicts),
+        "gpu_versions": dict(gpu.versions),
+    }

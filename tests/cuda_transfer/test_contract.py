@@ -20,7 +20,7 @@ from transfer_support import BLOCK, STUBS_LOADED, HostDevice, ProducerEvent, Stu
 
 from torch_csd import KVStore, StoreClosedError, StoreError, ops
 from torch_csd.catalogue import DATA_OFFSET
-from torch_csd.cuda.pinned import PinnedTransfer
+from torch_csd.cuda import pinned
 from torch_csd.cuda.transfer import Completion, Request, Slab, Transfer
 
 MiB = 2**20
@@ -42,13 +42,14 @@ class Setting:
         self.device = StubDevice() if kind == "gds" else HostDevice()
         self.transfers: list[Transfer] = []
 
-    def make(self, depth: int = 8) -> Transfer:
+    def make(self, depth: int = 8, task_bytes: int = 4 * MiB) -> Transfer:
         if self.kind == "gds":
             from torch_csd.cuda.gds import GdsTransfer
 
-            transfer = GdsTransfer(self.device, self.path, depth=depth, threads=4, task_bytes=4 * MiB)
+            transfer = GdsTransfer(self.device, self.path, depth=depth, threads=4, task_bytes=task_bytes)
         else:
-            transfer = PinnedTransfer(self.device, self.drive, depth=depth)
+            self.monkeypatch.setattr(pinned, "PIECE_BYTES", task_bytes)
+            transfer = pinned.PinnedTransfer(self.device, self.drive, depth=depth)
         self.transfers.append(transfer)
         return transfer
 
@@ -179,8 +180,10 @@ def test_many_requests_are_in_flight_at_once(setting):
     assert transfer.in_flight == 0 and transfer.read_bytes == transfer.written_bytes == 24 * MiB
 
 
-def test_reads_and_writes_mixed_at_random_leave_what_a_model_says(setting):
-    transfer = setting.make(depth=6)
+@pytest.mark.parametrize("held", [False, True], ids=["copies at once", "copies late"])
+def test_reads_and_writes_mixed_at_random_leave_what_a_model_says(setting, held):
+    transfer = setting.make(depth=6, task_bytes=8 * BLOCK)
+    setting.device.held = held
     generator = torch.Generator().manual_seed(5)
     draw = lambda n: int(torch.randint(n, (1,), generator=generator))  # noqa: E731
     blocks = 64

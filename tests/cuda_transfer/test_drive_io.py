@@ -170,6 +170,34 @@ def test_closing_the_drive_closes_its_queues_first(tmp_path, io_engine):
     ops.io_close(queue)
 
 
+def test_a_drive_may_be_closed_while_a_thread_waits_for_its_queue(tmp_path, io_engine):
+    for _ in range(5):
+        store = KVStore(tmp_path, io_engine=io_engine, memory_budget="1MiB")
+        drive = store._drive.handle
+        os.truncate(ops.file_path(drive), DATA_OFFSET + 4 * MiB)
+        queue = ops.io_open(drive, depth=2)
+        memory = aligned_memory(4 * MiB)
+        ends, begun = [], threading.Event()
+
+        def read_for_ever(queue=queue, memory=memory, ends=ends, begun=begun):
+            try:
+                while True:
+                    ops.io_submit(
+                        queue, write=False, file_offset=DATA_OFFSET, memory=memory, offset=0, byte_count=4 * MiB, tag=0
+                    )
+                    ops.io_reap(queue, wait=True)
+                    begun.set()
+            except BaseException as error:
+                ends.append(type(error))
+
+        thread = threading.Thread(target=read_for_ever)
+        thread.start()
+        assert begun.wait(30)
+        store.close()
+        thread.join(30)
+        assert ends == [StoreClosedError]
+
+
 def test_a_drive_that_only_reads_does_not_write(tmp_path):
     k, v = random_kv(1, 1, 200, 64)
     with KVStore(tmp_path, durable=True, name="a") as store:

@@ -3,9 +3,12 @@
 //
 // STUB_CUFILE_HANG set: the driver never opens, as the real one where there is none.
 // STUB_CUFILE_PATH=nvfs, p2p or posix: what the statistics say of how the bytes went.
-// STUB_CUFILE_FLIP set: a byte of what is read comes back changed.
+// STUB_CUFILE_FLIP set: a byte of what is read comes back changed. STUB_CUFILE_SHORT: bytes of one call, at
+// most. STUB_CUFILE_REFUSE: the status with which no file can be registered. STUB_CUFILE_CRASH set: a crash
+// instead.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -84,6 +87,9 @@ Status cuFileDriverSetMaxPinnedMemSize(size_t bytes) {
 
 Status cuFileHandleRegister(void** handle, const Description* description) {
   open_driver();
+  if (getenv("STUB_CUFILE_CRASH") != NULL) raise(SIGSEGV);
+  const char* refused = getenv("STUB_CUFILE_REFUSE");
+  if (refused != NULL) return (Status){atoi(refused), 0};
   *handle = (void*)(intptr_t)(description->handle.fd + 1);
   __atomic_add_fetch(&files_open, 1, __ATOMIC_SEQ_CST);
   return kDone;
@@ -117,6 +123,8 @@ static ssize_t move(int write, void* handle, char* memory, size_t bytes, off_t f
     errno = (int)failure;
     return -1;
   }
+  const char* limit = getenv("STUB_CUFILE_SHORT");
+  if (limit != NULL) limit_bytes = atol(limit);
   if (limit_bytes > 0 && bytes > (size_t)limit_bytes) bytes = (size_t)limit_bytes;
   memory += memory_offset;
   __atomic_add_fetch(write ? &write_count : &read_count, 1, __ATOMIC_SEQ_CST);
@@ -132,6 +140,41 @@ ssize_t cuFileRead(void* handle, void* memory, size_t bytes, off_t file_offset, 
 }
 ssize_t cuFileWrite(void* handle, const void* memory, size_t bytes, off_t file_offset, off_t memory_offset) {
   return move(1, handle, (char*)memory, bytes, file_offset, memory_offset);
+}
+
+// ---- statistics, as cuda.bindings.cufile reads them (CUfileStatsLevel3_t) ----
+
+enum { kStatsBytes = 5112, kFirstGpu = 1144, kUuidBytes = 16 };
+enum {
+  kTotalReads = 4,
+  kP2pReads,
+  kNvfsReads,
+  kPosixReads,
+  kTotalWrites = 17,
+  kP2pWrites,
+  kNvfsWrites,
+  kPosixWrites
+};
+
+Status cuFileSetStatsLevel(int level) {
+  (void)level;
+  return kDone;
+}
+Status cuFileGetStatsLevel(int* level) {
+  *level = 3;
+  return kDone;
+}
+Status cuFileStatsStart(void) { return kDone; }
+Status cuFileStatsStop(void) { return kDone; }
+Status cuFileStatsReset(void) { return kDone; }
+Status cuFileGetStatsL3(void* stats) {
+  const char* path = getenv("STUB_CUFILE_PATH");
+  uint64_t* gpu = (uint64_t*)((char*)stats + kFirstGpu + kUuidBytes);
+  memset(stats, 0, kStatsBytes);
+  const int way = path == NULL || strcmp(path, "posix") == 0 ? 2 : strcmp(path, "nvfs") == 0 ? 1 : 0;
+  gpu[kTotalReads] = gpu[kP2pReads + way] = (uint64_t)read_count;
+  gpu[kTotalWrites] = gpu[kP2pWrites + way] = (uint64_t)write_count;
+  return kDone;
 }
 
 // Looked up, never called.

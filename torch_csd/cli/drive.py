@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import torch_csd
@@ -42,6 +43,10 @@ def show_probe(directory: Path, *, measure: bool, as_json: bool) -> None:
     table.add_row("reason", verdict["reason"])
     for number, line in enumerate(verdict["verdicts"]):
         table.add_row("tried" if number == 0 else "", line)
+    gpu_io = {"gds": "[green]gds[/], directly", "pinned": "[yellow]pinned[/], by host memory", "none": "none"}
+    table.add_row("GPU I/O", f"{gpu_io[verdict['gpu_io']]}: {escape(verdict['gpu_reason'])}")
+    for number, line in enumerate(verdict["gpu_verdicts"]):
+        table.add_row("tried" if number == 0 else "", escape(line))
     if measure:
         cached = "" if verdict["direct_io"] else " (the page cache may have served it)"
         table.add_row("write", f"{format_bytes(verdict['write_bytes_per_s'])}/s")

@@ -81,12 +81,13 @@ class GdsTransfer:
         if task_bytes < BLOCK_BYTES or task_bytes % BLOCK_BYTES:
             raise ValueError(f"task_bytes must be a multiple of {BLOCK_BYTES}, got {task_bytes}")
         import kvikio
+        import kvikio.buffer
 
         self.depth = depth
         self.read_bytes = 0
         self.written_bytes = 0
         self._process = os.getpid()
-        self._kvikio = kvikio
+        self._buffer = kvikio.buffer
         self._device = device
         self._task_bytes = task_bytes
         self._file = OpenFile(path)
@@ -110,7 +111,7 @@ class GdsTransfer:
         slab = Slab(self._device.new_memory(byte_count), None)
         try:
             with compat_mode_off():
-                self._kvikio.memory_register(slab.memory)
+                self._buffer.memory_register(slab.memory)
             registered = True
         except RuntimeError as error:  # cuFile then copies through registered memory of its own
             registered = False
@@ -160,7 +161,7 @@ class GdsTransfer:
         with compat_mode_off():
             for slab, registered in self._slabs:
                 if registered:
-                    self._kvikio.memory_deregister(slab.memory)
+                    self._buffer.memory_deregister(slab.memory)
         self._slabs.clear()
         self._cufile.close()
 

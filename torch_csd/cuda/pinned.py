@@ -276,7 +276,7 @@ class PinnedTransfer:
         elif flight.error is None:
             self.read_bytes += request.byte_count
         self._flights.remove(flight)
-        self._done.append(Completion(request, flight.error, flight.ready if flight.error is None else None))
+        self._done.append(Completion(request, flight.error, flight.ready))
 
     def _check_open(self) -> None:
         if self._queue is None or os.getpid() != self._process:

@@ -49,7 +49,8 @@ class Request:
 class Completion(NamedTuple):
     request: Request
     error: OSError | None  # with the errno; None: all of it was moved
-    ready: Event | None  # of a read: the slab has its bytes after it; None: it has them now
+    # Of a read: the slab has its bytes after it, or where that failed, nothing is written to it any more. None: now.
+    ready: Event | None
 
 
 class Transfer(Protocol):
