@@ -1,7 +1,11 @@
-"""What every test may use. Settings come from the environment too: TORCH_CSD_SIMD, TORCH_CSD_IO_ENGINE force a path."""
+"""What every test may use. Settings come from the environment too: TORCH_CSD_SIMD, TORCH_CSD_IO_ENGINE force a path.
+
+TEST_CARD=gpu, near or auto: every store has an emulated card (tests/emulated_card.py) and this executor.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -16,6 +20,15 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = os.environ.get("TEST_CARD")
+    if executor is not None:
+        import emulated_card
+
+        emulated_card.install(monkeypatch, executor=executor, gpu_budget=os.environ.get("TEST_CARD_BUDGET", "0"))
 
 
 @pytest.fixture(params=["serial", "avx2", "avx512", "avx512vnni"])
