@@ -34,7 +34,7 @@ def install(
     *,
     executor: str = "gpu",
     gpu_budget: int | str = 0,
-    gpu_staging: int | str = "32MiB",
+    gpu_staging: int | str = "4MiB",
     make_transfer: MakeTransfer = PinnedTransfer,
 ) -> None:
     """Every store that is opened from now on has a card, and these for its settings where it is given no others."""
