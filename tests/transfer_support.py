@@ -191,6 +191,8 @@ STUBS_LOADED = "TORCH_CSD_TEST_STUBS"
 
 def why_no_kvikio() -> str | None:
     """What to say where kvikio cannot run over the stubs."""
+    if torch.version.cuda is not None:
+        return "torch is built for CUDA, and would load the stub of libcuda itself"
     if shutil.which("cc") is None:
         return "no C compiler (cc) to build the stubs of libcuda and libcufile"
     for name in ("kvikio", "libkvikio", "rapids_logger", "cuda.pathfinder"):

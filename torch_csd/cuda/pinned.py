@@ -116,7 +116,7 @@ class PinnedTransfer:
         self._waiting.extend(_Piece(flight, begin, min(begin + PIECE_BYTES, request.byte_count)) for begin in begins)
         try:
             self._pump()
-        except StoreClosedError:
+        except BaseException:  # the drive is closed, or the device has failed
             self._flights.discard(flight)
             self._waiting = deque(piece for piece in self._waiting if piece.flight is not flight)
             raise
