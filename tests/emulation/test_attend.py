@@ -102,7 +102,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=70)
+@settings(max_examples=50)
 def test_attention_over_pages_is_attention(case):
     generator = torch.Generator().manual_seed(case["seed"])
     layout = layout_of(case["element"], case["num_kv_heads"], case["head_dim_k"], case["head_dim_v"])

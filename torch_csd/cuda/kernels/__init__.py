@@ -257,8 +257,8 @@ class Kernels:
             pages.addresses, pages.indices, pages.offsets, np.int32(split_count), np.int32(query_blocks),
             np.float32(rules.scale), np.float32(rules.softcap or 0.0), np.int32(rules.causal),
             np.int32(rules.window or 0), np.int32(rules.kv_begin), rules.kv_end, rules.positions,
-            mask, *(np.int64(stride) for stride in mask_strides), np.int32(rules.mask_begin), np.int32(mask_count),
-            rules.alibi_slopes, out, lse,
+            mask, *(np.int64(stride) for stride in mask_strides[:3]), np.int32(mask_strides[3]),
+            np.int32(rules.mask_begin), np.int32(mask_count), rules.alibi_slopes, out, lse,
         )  # fmt: skip
         self.device.launch(
             Kernel("attend", name),
