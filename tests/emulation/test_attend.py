@@ -151,7 +151,7 @@ def test_wide_heads_are_attended_to(element, head_dim_k, head_dim_v):
     layout = layout_of(element, 1, head_dim_k, head_dim_v)
     k, v = random_kv(1, 1, 200, head_dim_k, head_dim_v, dtype=DTYPES.get(element, torch.bfloat16))
     images = PageImages(KERNELS, k, v, layout, [200])
-    q = torch.randn(1, 20, 1, head_dim_k)
+    q = torch.randn(1, 1, head_dim_k, 20).permute(0, 3, 1, 2)
     rules = Rules(scale=head_dim_k**-0.5, kv_end=int32([200]))
     q = q.to(layout.dtype)
     assert_equals_reference(*attend(q, images, layout, rules), q, images, rules)
@@ -195,7 +195,7 @@ def test_many_queries_take_torchs_matrix_products(element, monkeypatch):
     k, v = random_kv(2, 2, 250, *layout[1:3], dtype=torch.bfloat16)
     lengths = [250, 130]
     images = PageImages(KERNELS, k, v, layout, lengths)
-    q = torch.randn(2, 4, 9, layout.head_dim_k).to(torch.bfloat16)
+    q = torch.randn(2, 9, 4, layout.head_dim_k).to(torch.bfloat16).transpose(1, 2)  # as a model lays it out
     rules = Rules(
         scale=0.2, kv_end=int32(lengths), kv_begin=3, softcap=5.0, positions=int32([241, 125]), causal=True, window=140,
         mask=torch.randn(2, 1, 9, 240), mask_begin=5, alibi_slopes=torch.tensor([0.1, 0.0, -0.1, 0.2]),

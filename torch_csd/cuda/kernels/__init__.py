@@ -230,8 +230,9 @@ class Kernels:
         if q.numel() == 0 or sum(pages.counts) == 0:
             return
         with self.device.use(stream):
+            q = q.contiguous()
             if num_heads // layout.num_kv_heads * q_len < MANY_QUERIES:
-                self._attend_few(q.contiguous(), pages, layout, rules, partial, stream)
+                self._attend_few(q, pages, layout, rules, partial, stream)
             else:
                 self._attend_many(q, pages, layout, rules, partial, stream)
 
