@@ -260,3 +260,26 @@ def test_partial_results_merge_in_any_number(dtype):
         assert out.dtype == DTYPES[dtype]
         assert_attention_equal(out, expected)
         torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=1e-6)
+
+
+def test_what_does_not_fit_is_refused():
+    layout = layout_of("float32", 2, 64, 64)
+    one = int32([64])
+    with pytest.raises(ValueError, match="need positions"):
+        Rules(scale=1.0, kv_end=one, causal=True)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        Rules(scale=1.0, kv_end=one, positions=one, window=0)
+    with pytest.raises(ValueError, match="kv_end must be torch.int32, got torch.int64"):
+        Rules(scale=1.0, kv_end=one.long())
+    pages = Pages.of([[(0, 0)]], torch.device("cpu"))
+    partial = KERNELS.new_partial(1, 4, 1, 64)
+    for q, rules, match in [
+        (torch.zeros(1, 3, 1, 64), Rules(scale=1.0, kv_end=one), "q of 1 rows, 3 heads of 64 does not fit"),
+        (torch.zeros(1, 4, 2, 64), Rules(scale=1.0, kv_end=one), "partial result does not fit"),
+        (torch.zeros(1, 4, 1, 64), Rules(scale=1.0, kv_end=int32([1, 2])), r"kv_end must have shape \(1,\)"),
+        (torch.zeros(1, 4, 1, 64).double(), Rules(scale=1.0, kv_end=one), "got torch.float64"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            KERNELS.attend(q, pages, layout, rules, partial, stream=STREAM)
+    with pytest.raises(ValueError, match="merge takes 1 to 8 partial results, got 9"):
+        KERNELS.merge([partial] * 9, dtype=torch.float32, stream=STREAM)

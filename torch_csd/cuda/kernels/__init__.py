@@ -225,6 +225,10 @@ class Kernels:
             )
         if partial.out.shape != (batch, num_heads, q_len, layout.head_dim_v) or not partial.out.is_contiguous():
             raise ValueError(f"the partial result does not fit q, it is {tuple(partial.out.shape)}")
+        for name, shape in (("kv_end", (batch,)), ("positions", (batch,)), ("alibi_slopes", (num_heads,))):
+            tensor = getattr(rules, name)
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if q.dtype not in _KINDS:
             raise ValueError(f"q must be float32, bfloat16 or float16, got {q.dtype}")
         if q.numel() == 0 or sum(pages.counts) == 0:
