@@ -26,6 +26,7 @@ SANITIZED := $(MAKE) --silent -j$(shell nproc) -f tests/native/Makefile
 EXAMPLE := build/example
 FORCED_TESTS := tests/hf tests/test_attention.py tests/test_store.py tests/test_tensor.py tests/test_ops.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+KERNELS := $(wildcard torch_csd/cuda/kernels/*.cu torch_csd/cuda/kernels/*.cuh tests/emulation/*.h)
 # The budget is a fraction of the example's cache, so that most of it must lie on the drive.
 EXAMPLE_FLAGS := --max-new-tokens 8 --memory-budget 8MiB
 
@@ -93,12 +94,12 @@ build: $(VENV)/.built
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.c)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(KERNELS) $(wildcard tests/native/*.cpp tests/native/*.c)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE) $(wildcard tests/native/*.cpp tests/native/*.c)
+	$(BIN)/clang-format -i $(NATIVE) $(KERNELS) $(wildcard tests/native/*.cpp tests/native/*.c)
 
 clean:
 	rm -rf build dist *.egg-info torch_csd/*.so $(VENV)

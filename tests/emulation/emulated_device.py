@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -100,8 +101,13 @@ class EmulatedDevice:
         yield
 
     def new_memory(self, byte_count: int) -> Tensor:
-        memory = torch.full((byte_count + 4096,), 0xFF, dtype=torch.uint8)  # NaN, whatever it is read as
-        return memory[-memory.data_ptr() % 4096 :][:byte_count]
+        """Holds NaN, whatever it is read as. What reads beyond its last page of memory is a crash."""
+        pages = -(-byte_count // mmap.PAGESIZE)
+        region = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        memory = torch.frombuffer(region, dtype=torch.uint8)
+        guard = ctypes.c_void_p(memory.data_ptr() + pages * mmap.PAGESIZE)
+        assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0  # PROT_NONE
+        return memory[:byte_count].fill_(0xFF)
 
     new_pinned_memory = new_memory
 

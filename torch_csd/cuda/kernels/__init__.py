@@ -83,6 +83,8 @@ class Rules:
     def __post_init__(self) -> None:
         if self.positions is None and (self.causal or self.window is not None or self.alibi_slopes is not None):
             raise ValueError("causal, window and alibi_slopes need positions")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
         for name, dtype in (
             ("kv_end", torch.int32), ("positions", torch.int32), ("mask", torch.float32),
             ("alibi_slopes", torch.float32),
@@ -202,7 +204,7 @@ class Kernels:
             )
 
     def new_partial(self, batch: int, num_heads: int, q_len: int, head_dim_v: int) -> Partial:
-        """An empty one, on the caller's stream."""
+        """An empty one, allocated and filled on torch's current stream: call it inside ``device.use(stream)``."""
         options = {"dtype": torch.float32, "device": self.device.torch_device}
         out = torch.zeros(batch, num_heads, q_len, head_dim_v, **options)
         return Partial(out, torch.full((batch, num_heads, q_len), -torch.inf, **options))
@@ -223,6 +225,10 @@ class Kernels:
             )
         if partial.out.shape != (batch, num_heads, q_len, layout.head_dim_v) or not partial.out.is_contiguous():
             raise ValueError(f"the partial result does not fit q, it is {tuple(partial.out.shape)}")
+        for name, shape in (("kv_end", (batch,)), ("positions", (batch,)), ("alibi_slopes", (num_heads,))):
+            tensor = getattr(rules, name)
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if q.dtype not in _KINDS:
             raise ValueError(f"q must be float32, bfloat16 or float16, got {q.dtype}")
         if q.numel() == 0 or sum(pages.counts) == 0:
@@ -239,8 +245,10 @@ class Kernels:
     ) -> None:
         batch, num_heads, q_len, _ = q.shape
         group = num_heads // layout.num_kv_heads
-        # 16 queries of a wide head have more sums than a thread has registers: their pages come from L2 again.
-        queries = 16 if group * q_len > 8 and layout.head_dim_v <= 128 else 8
+        # 16 queries of a wide head have more sums than a thread has registers, or are more than shared memory holds:
+        # they are done in eights, and their pages come from L2 again.
+        narrow = layout.head_dim_v <= 128 and layout.head_dim_k <= 256
+        queries = 16 if group * q_len > 8 and narrow else 8
         query_blocks = -(-group * q_len // queries)
         split_count = self._split_count(batch * layout.num_kv_heads * query_blocks, max(pages.counts), layout, queries)
         out = torch.empty(split_count, *partial.out.shape, dtype=torch.float32, device=q.device)
@@ -258,8 +266,8 @@ class Kernels:
             pages.addresses, pages.indices, pages.offsets, np.int32(split_count), np.int32(query_blocks),
             np.float32(rules.scale), np.float32(rules.softcap or 0.0), np.int32(rules.causal),
             np.int32(rules.window or 0), np.int32(rules.kv_begin), rules.kv_end, rules.positions,
-            mask, *(np.int64(stride) for stride in mask_strides), np.int32(rules.mask_begin), np.int32(mask_count),
-            rules.alibi_slopes, out, lse,
+            mask, *(np.int64(stride) for stride in mask_strides[:3]), np.int32(mask_strides[3]),
+            np.int32(rules.mask_begin), np.int32(mask_count), rules.alibi_slopes, out, lse,
         )  # fmt: skip
         self.device.launch(
             Kernel("attend", name),

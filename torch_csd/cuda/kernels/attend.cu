@@ -65,6 +65,14 @@ struct QueryRule {
   int position;
   float slope;
   int64_t mask_row;  // of its mask's column 0
+  int64_t target;    // row of out and lse; -1: there are fewer queries
+};
+
+// What they need to know together. In shared memory, where a tile looks it up: registers are short.
+struct Bounds {
+  int some_begin, some_end;  // what any query sees
+  int all_begin, all_end;    // where scores need only be scaled, and soft-capped
+  float inverse_softcap;
 };
 
 template <typename Element, int head_dim_k, int head_dim_v, int queries, int q_parts>
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
            const int32_t* __restrict__ positions,             // [batch]: of query 0; null: none has one
            const float* __restrict__ mask,                    // null: none
            int64_t mask_batch, int64_t mask_head, int64_t mask_query,
-           int64_t mask_column,               // strides, elements
+           int mask_column,                   // strides, elements
            int mask_begin, int mask_count,    // the positions of its columns; it hides all others
            const float* __restrict__ slopes,  // [num_heads]; null: none
            float* __restrict__ out,           // [split_count, batch, num_heads, q_len, head_dim_v]
@@ -107,6 +115,7 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
 
   __shared__ __align__(16) uint8_t pool[kPoolBytes];
   __shared__ QueryRule rules[queries];
+  __shared__ Bounds bounds;
   __shared__ float q_units[queries];
   __shared__ float warp_max[kAttendWarps][queries], warp_sum[kAttendWarps][queries];
 
@@ -156,9 +165,22 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
     }
     rule.slope = slopes != nullptr ? slopes[head] : 0.0f;
     rule.mask_row = row * mask_batch + head * mask_head + m / group * mask_query;
+    const int64_t rows = static_cast<int64_t>(batch) * num_kv_heads * group * q_len;
+    rule.target = n < query_count ? split * rows + q_row(n) : -1;
     rules[n] = rule;
   }
   __syncthreads();
+  if (threadIdx.x == 0) {
+    Bounds all = {rules[0].begin, rules[0].end, rules[0].begin, rules[0].end, 1.0f / softcap};
+    for (int n = 1; n < queries; ++n) {
+      all.some_begin = min(all.some_begin, rules[n].begin);
+      all.some_end = max(all.some_end, rules[n].end);
+      all.all_begin = max(all.all_begin, rules[n].begin);
+      all.all_end = min(all.all_end, rules[n].end);
+    }
+    if (mask != nullptr || slopes != nullptr) all.all_end = all.all_begin;
+    bounds = all;
+  }
   for (int i = threadIdx.x; i < kColumns * kKSteps * kWarpLanes; i += kAttendWarps * kWarpLanes) {
     const int n = i / (kKSteps * kWarpLanes) * 8 + i % kWarpLanes / 4;
     const int channel = i / kWarpLanes % kKSteps * 16 + i % 4 * 2;
@@ -186,20 +208,10 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
   }
   __syncthreads();
 
-  int some_begin = rules[0].begin, some_end = rules[0].end;  // what any query sees
-  int all_begin = some_begin, all_end = some_end;            // what every query sees
-  for (int n = 1; n < queries; ++n) {
-    some_begin = min(some_begin, rules[n].begin);
-    some_end = max(some_end, rules[n].end);
-    all_begin = max(all_begin, rules[n].begin);
-    all_end = min(all_end, rules[n].end);
-  }
   // Of a lane's part of a tile's first pair, once: what is left of each load's address is then a constant.
   constexpr int kKRowBytes = kPageTokens * Element::kBits / 8, kVRowBytes = head_dim_v * Element::kBits / 8;
   const int k_offset = opaque(2 * member * kKRowBytes + A::kQuadBytes * quad);
   const int v_offset = opaque(T::kKBytes + 2 * member * kVRowBytes + A::kQuadBytes * quad);
-  const float inverse_softcap = 1.0f / softcap;
-  const bool plain = softcap == 0.0f && mask == nullptr && slopes == nullptr;
 
   float* probabilities = reinterpret_cast<float*>(pool + kQBytes) + warp * queries * kProbabilityStride;
   float sums[kColumns][kVBlocks][4][4];
@@ -229,18 +241,26 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
   const int split_begin = offsets[row] + split * share + min(split, rest);
   const int page_end = split_begin + share + (split < rest ? 1 : 0);
   int page = split_begin + warp;
-  // One page ahead, so that a tile's loads need not wait for its address.
-  int64_t address = page < page_end ? addresses[page] : 0;
-  int index = page < page_end ? indices[page] : 0;
+  // One page ahead, so that a tile's loads need not wait for its address. Very wide heads have no registers
+  // for that, and long tiles.
+  constexpr bool kAddressAhead = head_dim_v <= 256;
+  int64_t next_address = 0;
+  int next_index = 0;
+  if (kAddressAhead && page < page_end) {
+    next_address = addresses[page];
+    next_index = indices[page];
+  }
   for (; page < page_end; page += kAttendWarps) {
+    const int64_t address = kAddressAhead ? next_address : addresses[page];
+    const int base = (kAddressAhead ? next_index : indices[page]) * kPageTokens;
     const uint8_t* tile =
         reinterpret_cast<const uint8_t*>(address) + static_cast<int64_t>(kv_head) * T::kBytes;
-    const int base = index * kPageTokens;
-    if (page + kAttendWarps < page_end) {
-      address = addresses[page + kAttendWarps];
-      index = indices[page + kAttendWarps];
+    if (kAddressAhead && page + kAttendWarps < page_end) {
+      next_address = addresses[page + kAttendWarps];
+      next_index = indices[page + kAttendWarps];
     }
-    const int token_begin = max(some_begin - base, 0), token_end = min(some_end - base, kPageTokens);
+    const int token_begin = max(bounds.some_begin - base, 0);
+    const int token_end = min(bounds.some_end - base, kPageTokens);
     if (token_begin >= token_end) continue;
 
     // ---- scores: rows are tokens, columns queries ----
@@ -256,11 +276,12 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
       raw[step][0] = load_k(0, step, 0);
       raw[step][1] = load_k(0, step, 1);
     }
-    float k_unit = 1.0f;
     float zeros[kColumns];  // of query 8 * c + quad: the sum of q times zero point over this lane's channels
-    if constexpr (kCodes)
-      k_unit = power_of_two(greatest_half(tile + T::kKParams, head_dim_k, 0, head_dim_k, lane));
-    const float k_factor = inverse_power(k_unit) * 64.0f;  // the largest scale becomes 2^6 ... 2^7
+    float k_factor = 1.0f;  // makes the largest scale 2^6 ... 2^7
+    if constexpr (kCodes) {
+      const float greatest = greatest_half(tile + T::kKParams, head_dim_k, 0, head_dim_k, lane);
+      k_factor = inverse_power(power_of_two(greatest)) * 64.0f;
+    }
     float scores[kColumns][4][4];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -326,7 +347,7 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
     }
 
     // ---- what is done to scores, in ScoreModifier's order (csrc/kernels/kernels.h) ----
-    const bool whole = plain && base >= all_begin && base + kPageTokens <= all_end;
+    const bool whole = base >= bounds.all_begin && base + kPageTokens <= bounds.all_end;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
@@ -343,9 +364,9 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
 #pragma unroll
         for (int j = 0; j < kItems; ++j) {  // token item(quad, j)
           float& s = scores[c][j / 2][j % 2 * 2 + i];
-          if constexpr (kCodes) s = s * (k_unit * 0.015625f * A::unit(j / 2)) + zero;
+          if constexpr (kCodes) s = s * (inverse_power(k_factor) * A::unit(j / 2)) + zero;
           s *= factor;
-          if (softcap != 0.0f) s = softcap * tanhf(s * inverse_softcap);
+          if (softcap != 0.0f) s = softcap * tanhf(s * bounds.inverse_softcap);
         }
         if (whole) continue;
         const QueryRule rule = rules[n];
@@ -355,7 +376,8 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
           float& s = scores[c][j / 2][j % 2 * 2 + i];
           const int position = base + A::item(quad, j, kPageTokens);
           const bool inside = position >= rule.begin && position < rule.end;
-          if (mask != nullptr && inside) s += mask_row[(position - mask_begin) * mask_column];
+          if (mask != nullptr && inside)
+            s += mask_row[static_cast<int64_t>(position - mask_begin) * mask_column];
           s += rule.slope * static_cast<float>(position - rule.position);
           if (!inside) s = -infinity();
         }
@@ -379,26 +401,23 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
       raw[step][0] = load_v(step, 0);
       raw[step][1] = load_v(step, 1);
     }
-    float v_scale[kItems], v_zero[kItems];  // of this lane's tokens
-    float v_shrink = 1.0f;
+    uint32_t v_scales[kItems / 2], v_zeros[kItems / 2];  // of this lane's tokens, in pairs
+    float v_shrink = 1.0f, v_factor = 1.0f;
     if constexpr (kCodes) {
       const float unit = fmaxf(
           v_unit, power_of_two(greatest_half(tile + T::kVParams, kPageTokens, token_begin, token_end, lane)));
-      const float factor = inverse_power(unit);
-      v_shrink = v_unit * factor;
+      const float inverse = inverse_power(unit);
+      v_shrink = v_unit * inverse;
+      v_factor = inverse * 8192.0f;  // the largest scale becomes 2^13 ... 2^14
       v_unit = unit;
 #pragma unroll
       for (int j = 0; j < kItems; j += 2) {
         const int token = A::item(quad, j, kPageTokens);
         const auto* params = reinterpret_cast<const uint32_t*>(tile + T::kVParams) + token / 2;
-        const uint32_t scale_pair = __ldg(params), zero_pair = __ldg(params + kPageTokens / 2);
-        const bool first = token >= token_begin && token < token_end;
-        const bool second = token + 1 >= token_begin && token + 1 < token_end;
-        v_scale[j] =
-            first ? low_half(scale_pair) * factor * 8192.0f : 0.0f;  // the largest becomes 2^13 ... 2^14
-        v_scale[j + 1] = second ? high_half(scale_pair) * factor * 8192.0f : 0.0f;
-        v_zero[j] = first ? low_half(zero_pair) : 0.0f;
-        v_zero[j + 1] = second ? high_half(zero_pair) : 0.0f;
+        const uint32_t first = token >= token_begin && token < token_end ? 0xffff : 0;
+        const uint32_t second = token + 1 >= token_begin && token + 1 < token_end ? 0xffff0000 : 0;
+        v_scales[j / 2] = __ldg(params) & (first | second);
+        v_zeros[j / 2] = __ldg(params + kPageTokens / 2) & (first | second);
       }
     }
 
@@ -440,8 +459,8 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
           float p = exp2f((s[j] - from) * kLog2E);
           row_sum[c][i] += p;
           if constexpr (kCodes) {
-            zero_sum[c][i] += p * v_zero[j];
-            p *= v_scale[j];
+            zero_sum[c][i] += p * (j % 2 == 0 ? low_half(v_zeros[j / 2]) : high_half(v_zeros[j / 2]));
+            p *= v_factor * (j % 2 == 0 ? low_half(v_scales[j / 2]) : high_half(v_scales[j / 2]));
           } else if constexpr (A::kHalf) {
             p *= 16384.0f;  // keeps both parts of a small p out of float16's subnormals
           }
@@ -550,14 +569,14 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, attend_blocks(head_d
     }
     __syncthreads();
   }
-  for (int i = threadIdx.x; i < query_count * head_dim_v; i += kAttendWarps * kWarpLanes) {
+  for (int i = threadIdx.x; i < queries * head_dim_v; i += kAttendWarps * kWarpLanes) {
     const int n = i / head_dim_v, d = i % head_dim_v;
+    const int64_t target = rules[n].target;
+    if (target < 0) break;
     float greatest = -infinity(), sum = 0.0f;
     for (int w = 0; w < kAttendWarps; ++w) greatest = fmaxf(greatest, warp_max[w][n]);
     const float from = greatest == -infinity() ? 0.0f : greatest;
     for (int w = 0; w < kAttendWarps; ++w) sum += warp_sum[w][n] * exp2f((warp_max[w][n] - from) * kLog2E);
-    const int64_t rows = static_cast<int64_t>(batch) * num_kv_heads * group * q_len;
-    const int64_t target = split * rows + q_row(n);
     out[target * head_dim_v + d] = sum == 0.0f ? 0.0f : merged[i] / sum;
     if (d == 0) lse[target] = sum == 0.0f ? -infinity() : from + logf(sum);
   }

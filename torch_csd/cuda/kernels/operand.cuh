@@ -42,9 +42,35 @@ CSD_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32
 }
 #endif
 
+#ifdef CSD_EMULATED
 CSD_DEVICE uint4 load_16(const uint8_t* bytes, bool inside) {
-  return inside ? __ldg(reinterpret_cast<const uint4*>(bytes)) : make_uint4(0, 0, 0, 0);
+  return inside ? *reinterpret_cast<const uint4*>(bytes) : make_uint4(0, 0, 0, 0);
 }
+CSD_DEVICE uint2 load_8(const uint8_t* bytes, bool inside) {
+  return inside ? *reinterpret_cast<const uint2*>(bytes) : make_uint2(0, 0);
+}
+#else
+// In the order they are written in: the compiler would bring more of them to the front than there are
+// registers for. A tile is read once, so L1 need not keep it.
+CSD_DEVICE uint4 load_16(const uint8_t* bytes, bool inside) {
+  uint4 words;
+  asm volatile(
+      "{.reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
+      : "l"(bytes), "r"(static_cast<int>(inside)));
+  return words;
+}
+CSD_DEVICE uint2 load_8(const uint8_t* bytes, bool inside) {
+  uint2 words;
+  asm volatile(
+      "{.reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];}"
+      : "=&r"(words.x), "=&r"(words.y)
+      : "l"(bytes), "r"(static_cast<int>(inside)));
+  return words;
+}
+#endif
 
 // Each type: Raw, what a lane loads of a pair; load(); and parts(), the operands: kParts of them that add up
 // to the items. kHalf: they are float16, not bfloat16. item(): the token or channel that item j of a quad is,
@@ -171,7 +197,7 @@ struct Operand<Codes<4>> {
   // Codes in bits 4 to 7 stay there: 16 times as much.
   static CSD_DEVICE float unit(int u) { return u % 2 == 0 ? 16777216.0f : 1048576.0f; }
   static CSD_DEVICE Raw load(const uint8_t* first, int, int quad, int lanes, bool, bool) {
-    return owns(quad, 0, lanes) ? __ldg(reinterpret_cast<const uint2*>(first)) : make_uint2(0, 0);
+    return load_8(first, owns(quad, 0, lanes));
   }
   static CSD_DEVICE void parts(const Raw& raw, uint32_t (&a)[kParts][kItems]) {
     const uint32_t words[2] = {raw.x, raw.y};
