@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 
 import emulated_card
+import numpy as np
 import pytest
 import torch
 from emulated_device import EmulatedDevice
@@ -104,7 +105,10 @@ class LateDevice(EmulatedDevice):
                 yield
 
     def launch(self, kernel, grid, block, arguments, *, stream, shared_bytes=0):
-        arguments = list(arguments)
+        arguments = list(arguments)  # keeps tensors, as torch does those of the stream that they were allocated on
+        if stream is not self._current:
+            # Addresses, as a card is given them: what was allocated for another stream, whoever calls has to keep.
+            arguments = [np.int64(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in arguments]
 
         def run() -> None:
             EmulatedDevice.launch(self, kernel, grid, block, arguments, stream=stream, shared_bytes=shared_bytes)

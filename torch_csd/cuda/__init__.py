@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_csd.config import StoreConfig
 from torch_csd.cuda.calibrate import measure_rates
 from torch_csd.cuda.card import Card
-from torch_csd.cuda.device import Device
+from torch_csd.cuda.device import Device, Kernel
 from torch_csd.errors import GpuUnavailableError
 
 if TYPE_CHECKING:
@@ -49,12 +49,16 @@ def open_device(device: torch.device) -> Device:
     """The card that tokens are on.
 
     Raises:
-        GpuUnavailableError: CuPy is missing.
+        GpuUnavailableError: CuPy is missing, or kernels cannot be compiled for the card.
     """
-    _check_packages("work on the card")
     from torch_csd.cuda.cuda_device import CudaDevice
 
-    return CudaDevice(device)
+    try:
+        card = CudaDevice(device)
+        card.prepare(Kernel("checksum", "csd::checksum"))  # what is wrong with CuPy, NVRTC or an old card shows here
+    except (ImportError, RuntimeError) as error:
+        raise GpuUnavailableError(f"{device} cannot run the kernels: {error}") from error
+    return card
 
 
 def choose_transfer(card: Device, drive: Tensor, config: StoreConfig) -> tuple[Transfer, str]:

@@ -74,6 +74,11 @@ class CudaDevice:
         with cupy.cuda.Device(self.torch_device.index), cupy.cuda.Stream.from_external(stream):
             self._function(kernel)(grid, block, values, shared_mem=shared_bytes)
 
+    def prepare(self, kernel: Kernel) -> None:
+        """Compiles a kernel before it is needed. Raises RuntimeError where this card or NVRTC cannot have it."""
+        with self._cupy.cuda.Device(self.torch_device.index):
+            self._function(kernel)
+
     def _function(self, kernel: Kernel) -> object:
         """Compiled by the first that needs it. Called with the device current."""
         with self._lock:

@@ -124,10 +124,10 @@ class Packer:
         self.packed_bytes += len(images)
         # k, v and checksums are kept for as long as the kernels use them.
         append.under_way += 1
-        self._staging.when(packed, lambda: self._packed(append, chunk, places, on_host, packed, (k, v, checksums)))
+        self._staging.when(packed, lambda: self._packed(append, chunk, places, on_host, (k, v, checksums)))
 
     def _packed(
-        self, append: _Append, chunk: Chunk, places: np.ndarray, checksums: Tensor, packed: Event, kept: tuple
+        self, append: _Append, chunk: Chunk, places: np.ndarray, checksums: Tensor, kept: tuple[Tensor, ...]
     ) -> None:
         """The pages are in the chunk, and their checksums are known."""
         del kept
@@ -167,7 +167,7 @@ class Packer:
                 write=True,
                 file_offset=int(offsets[begin]),
                 byte_count=(end - begin) * append.page_bytes,
-                after=packed,
+                after=None,  # the host has seen that they are packed
                 done=written,
             )
         leave()
