@@ -25,6 +25,8 @@ PASSIVE := OMP_WAIT_POLICY=passive
 SANITIZED := $(MAKE) --silent -j$(shell nproc) -f tests/native/Makefile
 EXAMPLE := build/example
 FORCED_TESTS := tests/hf tests/test_attention.py tests/test_store.py tests/test_tensor.py tests/test_ops.py
+# On an emulated card kernels take milliseconds where a card takes microseconds, and seconds to be compiled for each geometry.
+CARD_TESTS := tests/cuda tests/hf/test_cache.py tests/hf/test_generation.py tests/hf/test_quantised.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 KERNELS := $(wildcard torch_csd/cuda/kernels/*.cu torch_csd/cuda/kernels/*.cuh tests/emulation/*.h)
 # The budget is a fraction of the example's cache, so that most of it must lie on the drive.
@@ -56,14 +58,16 @@ run: build $(EXAMPLE)/model/prompts.jsonl
 test: build $(VENV)/.gpu-tools
 	$(PASSIVE) $(PYTEST) $(PYTEST_ARGS)
 
-# Everything that computes, again on each path that this machine would not choose by itself. Not avx512 where there is
-# avx512vnni: it differs in one instruction, and the tests of kernels and of attention run under each anyway.
+# Everything that computes, again on each path that this machine would not choose by itself, an emulated card included. Not
+# avx512 where there is avx512vnni: it differs in one instruction, and the tests of kernels and of attention run under each
+# anyway.
 test-forced: build $(VENV)/.gpu-tools
 	@for simd in $$($(BIN)/python -c 'from torch_csd import ops; print(*[s for s in ops.supported_simd()[:-1] if s != "avx512"])'); do \
 	  echo "TORCH_CSD_SIMD=$$simd"; \
 	  $(PASSIVE) TORCH_CSD_SIMD=$$simd $(PYTEST) -q $(FORCED_TESTS) || exit 1; \
 	done
 	$(PASSIVE) TORCH_CSD_IO_ENGINE=pread $(PYTEST) -q $(FORCED_TESTS)
+	$(PASSIVE) TEST_CARD=gpu TEST_CARD_BUDGET=256KiB $(PYTEST) -q $(CARD_TESTS)
 
 # Any report fails it. What kernel and program share (io_uring's rings, buffers of requests) needed no suppression:
 # ThreadSanitizer sees only the program's side of it. It runs a tenth of the faults, at fifteen times the time of each.

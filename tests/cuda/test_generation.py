@@ -26,7 +26,7 @@ FEATURES = {
     "prefill in chunks": {"prefill_chunk_size": 128},
 }
 SETTINGS = {
-    "near": {"executor": "near"},
+    "near": {"executor": "near", "gpu_budget": 0},
     "gpu": {"executor": "gpu"},
     "gpu, a part stays": {"executor": "gpu", "gpu_budget": 200_000},
     "auto": {"executor": "auto", "gpu_budget": 100_000},
@@ -108,9 +108,8 @@ def test_greedy_generation_of_a_padded_batch(device, tmp_path, dtype, settings):
         assert_same_tokens(model, inputs, generate(model, inputs, cache), expected)
         stats = cache.stats()
         assert stats["gpu_packed_bytes"] > 0, "prompts are packed on the card"
-        assert (stats["gpu_drive_read_bytes"] > 0) == (settings["executor"] == "gpu" or "gpu_budget" in settings) or (
-            settings["executor"] == "auto"
-        )
+        if settings["executor"] != "auto":
+            assert (stats["gpu_drive_read_bytes"] > 0) == (settings["executor"] == "gpu")
 
 
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
