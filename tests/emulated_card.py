@@ -41,7 +41,7 @@ def install(
     if compiler() is None:
         pytest.skip("no C++ compiler to compile the kernels for the CPU")
 
-    def choose_transfer(card: Device, drive: Tensor, config: StoreConfig) -> tuple[Transfer, str]:
+    def choose_transfer(card: Device, drive: Tensor, config: StoreConfig, writable: bool) -> tuple[Transfer, str]:
         return make_transfer(card, drive), "emulated"
 
     monkeypatch.setattr(torch_csd.drive, "is_card", lambda device: True)

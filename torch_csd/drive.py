@@ -84,6 +84,7 @@ class Drive:
     """The native drive that a store and its forks share; closed when the last of them is."""
 
     durable = False
+    read_only = False
 
     def __init__(self, config: StoreConfig, *, path: str = "", mode: str = "", store_id: bytes = bytes(16)) -> None:
         self.config = config
@@ -131,7 +132,8 @@ class Drive:
 
     def _open_card(self, device: torch.device) -> ops.Card | None:
         try:
-            card = cuda().open_card(device, self.handle, self.config)
+            with torch.inference_mode(False):  # its memory outlives the mode that it is made in
+                card = cuda().open_card(device, self.handle, self.config, writable=not self.read_only)
         except GpuUnavailableError as error:
             if self.config.executor == "gpu" or self.config.gpu_io == "gds":
                 raise

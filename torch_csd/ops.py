@@ -222,6 +222,7 @@ def append(handle: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None =
         state = card.append(handle, k, v, counts)
         if state is not None:
             return state
+        k, v = k.cpu(), v.cpu()  # not to the op of their device, which would ask the card again
     return append_on_drive(handle, k, v, counts)
 
 
@@ -444,11 +445,11 @@ def attend(
     ``kv_begin=-1``: from the first readable token on; ``kv_end=-1``: to each row's own length.
     """
     rules = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
-    recorded = torch.compiler.is_compiling() or (torch.is_grad_enabled() and q.requires_grad)
-    if _cards and not recorded:
-        result = _attend_with_card(handle, q, *rules)
-        if result is not None:
-            return result
+    card = None if torch.compiler.is_compiling() else _card_of(handle)
+    if card is not None:
+        card.settle(handle)
+        if not (torch.is_grad_enabled() and q.requires_grad):
+            return _attend_with_card(card, handle, q, *rules)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _call(_ops.attend.default, handle, q, *rules)
     # Past the Python that refuses a backward (the end of this file), which costs as much as the rest of the op.
@@ -457,13 +458,10 @@ def attend(
 
 
 def _attend_with_card(
-    handle, q, mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v
-) -> tuple[Tensor, Tensor] | None:
-    card = _card_of(handle)
-    if card is None:
-        return None
-    card.settle(handle)
-    return card.attend(
+    card: Card, handle, q, mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end,
+    head_dim_v,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    result = card.attend(
         handle,
         q,
         scale=scale,
@@ -478,6 +476,16 @@ def _attend_with_card(
         kv_begin=kv_begin,
         kv_end=kv_end,
     )
+    if result is not None:
+        return result
+    rules = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
+    return _attend_copies(handle, q, *rules)
+
+
+def _attend_copies(handle: Tensor, q: Tensor, *rules: object) -> tuple[Tensor, Tensor]:
+    """Beside the drive: q goes to the processor, out and lse come back."""
+    out, lse = _call(_ops.attend.default, handle, q.detach().cpu(), *map(_on_cpu, rules))
+    return out.to(q.device), lse.to(q.device)
 
 
 def attend_on_drive(
@@ -777,11 +785,11 @@ def _(handle, k, v, lengths=None):
 
 @torch.library.impl("torch_csd::attend", "CUDA")
 def _(handle, q, *args):
-    result = _attend_with_card(handle, q.detach(), *args)
-    if result is not None:
-        return result
-    out, lse = _ops.attend(handle, q.cpu(), *map(_on_cpu, args))
-    return out.to(q.device), lse.to(q.device)
+    card = _card_of(handle)
+    if card is None:
+        return _attend_copies(handle, q, *args)
+    card.settle(handle)
+    return _attend_with_card(card, handle, q, *args)
 
 
 @torch.library.impl("torch_csd::attend_sparse", "CUDA")

@@ -426,6 +426,35 @@ def test_threads_may_share_a_card(install, make_store):
     assert not errors, errors
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_is_made_in_inference_mode_serves_outside_of_it(install, make_store, resident):
+    install(gpu_budget=4 * PAGE_BYTES)
+    k, v = kv(1, 700)
+    q = query(1)
+    with torch.inference_mode():
+        store = make_store(resident=resident)
+        store.append(0, k, v)
+        store.attend(0, q)
+    expected = reference.attention(q, k, v)[0]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_attention_equal(store.attend(0, q)[0], expected)
+    store.append(0, k, v)
+    with torch.inference_mode():
+        assert_attention_equal(store.attend(0, q)[0], reference.attention(q, both(k, k), both(v, v))[0])
+
+
+def test_queries_that_ask_for_gradients_are_answered_without(install, make_store):
+    install()
+    store = make_store(resident=False)
+    store.append(0, *kv(1, 700))
+    q = query(1).requires_grad_()
+    out, _ = store.attend(0, q)
+    assert_attention_equal(out.detach(), reference.attention(q.detach(), *kv(1, 700))[0])
+    with pytest.raises(NotImplementedError, match="not differentiable"):
+        out.sum().backward()
+
+
 # ---- what outlives the process ---------------------------------------------------------------------------------------
 
 
@@ -487,6 +516,25 @@ def test_a_read_that_fails_is_an_error_and_not_the_end(install, make_store):
     transfer.failing.clear()
     q = query(2)
     assert_attention_equal(store.attend(0, q)[0], reference.attention(q, k, v)[0])
+
+
+def test_a_file_that_is_cut_short_is_an_error_and_nothing_hangs(install, tmp_path):
+    install()
+    with KVStore(tmp_path, durable=True, name="a", memory_budget="16MiB", resident=False) as store:
+        for layer in (0, 1):
+            store.append(layer, *kv(1, 2000))
+        store.commit()
+        for _ in range(2):
+            for layer in (0, 1):
+                store.attend(layer, query(1))
+        os.truncate(tmp_path / "torch_csd-durable" / "pages.csd", 2**20 + 3 * PAGE_BYTES)
+        try:
+            store.attend(0, query(1))  # may have been read ahead
+        except StoreError:
+            pass
+        for layer in (1, 0, 1):
+            with pytest.raises(StoreError, match="reading pages for the card failed"):
+                store.attend(layer, query(1))
 
 
 @pytest.mark.parametrize("gpu_budget", [0, "1MiB"])

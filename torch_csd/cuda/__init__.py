@@ -61,24 +61,24 @@ def open_device(device: torch.device) -> Device:
     return card
 
 
-def choose_transfer(card: Device, drive: Tensor, config: StoreConfig) -> tuple[Transfer, str]:
+def choose_transfer(card: Device, drive: Tensor, config: StoreConfig, writable: bool) -> tuple[Transfer, str]:
     """How bytes move between the drive and the card, and why so."""
     from torch_csd.cuda import probe  # not above: it is run as a program, too
 
-    transfer = probe.choose_transfer(card, drive, config.directory, config.gpu_io)
+    transfer = probe.choose_transfer(card, drive, config.directory, config.gpu_io, writable=writable)
     if config.gpu_io == "pinned":
         return transfer, "pinned memory, as asked"
     return transfer, probe.probe_gpu_io(config.directory, card.torch_device.index or 0).reason
 
 
-def open_card(device: torch.device, drive: Tensor, config: StoreConfig) -> Card:
+def open_card(device: torch.device, drive: Tensor, config: StoreConfig, *, writable: bool) -> Card:
     """A drive's share on a card.
 
     Raises:
         GpuUnavailableError: a package is missing, or GPUDirect Storage was asked for and is not active.
     """
     card = open_device(device)
-    transfer, reason = choose_transfer(card, drive, config)
+    transfer, reason = choose_transfer(card, drive, config, writable)
     try:
         rates = measure_rates(card, config, direct=transfer.name == "gds") if config.executor == "auto" else None
         return Card(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_csd.catalogue import BLOCK_BYTES
 from torch_csd.cuda.device import Kernel
 from torch_csd.cuda.nvrtc import compile_kernel, import_cupy
+from torch_csd.errors import MemoryBudgetError
 
 _SHARED_BYTES_MAX = 48 * 1024  # what every card gives a block without being asked
 
@@ -44,9 +45,25 @@ class CudaDevice:
     def new_memory(self, byte_count: int) -> Tensor:
         cupy = self._cupy
         with cupy.cuda.Device(self.torch_device.index):
-            memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(byte_count), 0)  # cudaMalloc, by no pool
+            memory = cupy.cuda.MemoryPointer(self._allocate(byte_count), 0)
             array = cupy.ndarray((byte_count,), dtype=np.uint8, memptr=memory)
             return torch.as_tensor(array, device=self.torch_device)  # shares the memory, and keeps the array
+
+    def _allocate(self, byte_count: int) -> object:
+        """By cudaMalloc, of no pool. Raises MemoryBudgetError."""
+        cupy = self._cupy
+        try:
+            return cupy.cuda.Memory(byte_count)
+        except cupy.cuda.memory.OutOfMemoryError:
+            torch.cuda.empty_cache()  # what torch's pool has and does not use
+        try:
+            return cupy.cuda.Memory(byte_count)
+        except cupy.cuda.memory.OutOfMemoryError:
+            free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
+            raise MemoryBudgetError(
+                f"{self.name}: wanted {byte_count} bytes of GPU memory, {free_bytes} are free; lower gpu_budget or "
+                f"gpu_staging"
+            ) from None
 
     def new_pinned_memory(self, byte_count: int) -> Tensor:
         memory = torch.empty(byte_count + BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)

@@ -118,7 +118,8 @@ class Uploads:
     def wait(self, arrival: Arrival) -> None:
         """Until the host has nothing left to do for it."""
         while arrival.under_way > 0:
-            self.staging.pump(wait=True)
+            if not self.staging.pump(wait=True):
+                raise RuntimeError("pages are on their way to the card, but nothing moves them")
 
     def finish(self, arrival: Arrival, free: Event | None) -> None:
         """The chunk is free after the event."""

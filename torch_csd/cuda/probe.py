@@ -7,6 +7,7 @@ of its own tries, with a time limit, and what it finds is remembered for each de
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch_csd import ops
 from torch_csd.cuda.device import Device
 from torch_csd.cuda.transfer import Transfer
-from torch_csd.errors import StoreError
+from torch_csd.errors import GpuUnavailableError, StoreError
 
 GPU_IO = ("auto", "gds", "pinned")
 LIMIT_S = 20.0  # for kvikio to answer; it does in two where it works
@@ -52,6 +53,8 @@ def probe_gpu_io(directory: str | os.PathLike[str], device_index: int, *, limit_
     if not torch.cuda.is_available():
         return GpuIoVerdict("none", f"no CUDA device (torch {torch.__version__})")
     key = (device_index, os.stat(directory).st_dev)
+    if importlib.util.find_spec("kvikio") is None:
+        return GpuIoVerdict("pinned", "kvikio is not installed; install torch_csd[cuda] for GPUDirect Storage")
     with _verdicts_lock:
         if key not in _verdicts:
             _verdicts[key] = _ask(os.fspath(directory), device_index, limit_s)
@@ -70,7 +73,7 @@ def choose_transfer(
     gpu_io: "gds", "pinned", or "auto": "gds" where it is proved to work. writable: False where the drive only reads.
 
     Raises:
-        StoreError: "gds" was asked for and does not work here; it says why. ValueError: gpu_io is none of these.
+        GpuUnavailableError: "gds" was asked for and does not work here; it says why. ValueError: gpu_io is none of these.
     """
     from torch_csd.cuda.pinned import PinnedTransfer
 
@@ -89,7 +92,7 @@ def choose_transfer(
                 # Though it worked for a file beside it: not silently.
                 warnings.warn(f"{directory}: going by pinned memory: {error}", stacklevel=2)
         elif gpu_io == "gds":
-            raise StoreError(
+            raise GpuUnavailableError(
                 f"{directory}: gpu_io='gds' does not work here: {verdict.reason}; use gpu_io='auto' for what does"
             )
     return PinnedTransfer(device, drive, depth=depth)

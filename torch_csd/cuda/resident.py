@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torch_csd import ops
@@ -23,7 +24,8 @@ class Share:
         self._lease = _lease(handle, state, end)
         self._pages = np.unique(self._lease.table[:, ops.PAGE])
         self._present = np.zeros(len(self._pages), dtype=bool)
-        self._memory = device.new_memory(len(self._pages) * page_bytes)
+        with torch.inference_mode(False):  # it outlives the mode that it is made in
+            self._memory = device.new_memory(len(self._pages) * page_bytes)
 
     @property
     def byte_count(self) -> int:

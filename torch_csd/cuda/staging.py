@@ -5,16 +5,18 @@ Nothing runs by itself: requests go on when somebody asks for a chunk, or pumps.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torch_csd.catalogue import BLOCK_BYTES
 from torch_csd.cuda.device import Device, Event
 from torch_csd.cuda.transfer import Completion, Request, Slab, Transfer
-from torch_csd.errors import MemoryBudgetError
+from torch_csd.errors import MemoryBudgetError, StoreError
 
 CHUNK_BYTES_MAX = 8 << 20  # a drive reads 1 MiB and more at its full rate, and several chunks are to be under way
 CHUNKS_MIN = 2  # one is filled while another is emptied
@@ -90,7 +92,8 @@ class Staging:
     def host(self, chunk: Chunk) -> Tensor:
         """Pinned host memory of a chunk's own: ``Chunk.free`` must have passed before it is written to."""
         if self._host is None:
-            self._host = self._device.new_pinned_memory(self.byte_count)
+            with torch.inference_mode(False):  # it outlives the mode that it is made in
+                self._host = self._device.new_pinned_memory(self.byte_count)
         return self._host[chunk.begin : chunk.begin + self.chunk_bytes]
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -142,8 +145,8 @@ class Staging:
             request = self._queued.popleft()
             try:
                 self.transfer.submit(request)
-            except OSError as error:
-                request.tag(Completion(request, error, None))
+            except (ValueError, StoreError) as error:  # the file was cut short, or closed
+                request.tag(Completion(request, OSError(errno.EIO, str(error)), None))
 
     def close(self) -> None:
         """What is under way is awaited; nobody is told of it."""
