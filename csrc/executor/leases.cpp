@@ -13,8 +13,8 @@
 namespace csd {
 namespace {
 
-// Copying less than this is over before another thread wakes.
-constexpr int64_t kWakeBytes = int64_t{2} << 20;
+// Copying less than this is over before another thread wakes; PCIe 5 takes more than four threads bring.
+constexpr int64_t kWakeBytes = int64_t{512} << 10;
 
 std::string text(int64_t value) { return std::to_string(value); }
 

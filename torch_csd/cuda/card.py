@@ -232,7 +232,8 @@ class Card:
         if self._budget_bytes == 0:
             return None
         share = self._residents.find(call.handle, state)
-        if share is None and call.q.shape[2] <= DECODE_QUERIES_MAX:
+        decoding = call.q.shape[2] <= DECODE_QUERIES_MAX
+        if share is None and decoding and self._residents.may_give(call.handle, state):
             stored_bytes = 0
             for number, other in self._layouts.items():
                 lengths = ops.layer_info(ops.layer_handle(call.handle, number)).lengths
@@ -344,17 +345,20 @@ class Card:
         if len(addresses) == 0:
             return
         offsets = np.searchsorted(uses.rows, np.arange(call.q.shape[0] + 1))
+        # In one piece: what a copy of this size takes is its beginning.
+        count = len(addresses)
+        packed = np.concatenate(
+            [addresses.view(np.int32), uses.indices.astype(np.int32), offsets.astype(np.int32)], dtype=np.int32
+        )
+        on_card = torch.from_numpy(packed).to(self._device.torch_device)
         pages = Pages(
-            self._to_card(addresses, np.int64),
-            self._to_card(uses.indices, np.int32),
-            self._to_card(offsets, np.int32),
+            on_card[: 2 * count].view(torch.int64),
+            on_card[2 * count : 3 * count],
+            on_card[3 * count :],
             tuple(np.diff(offsets).tolist()),
         )
         stream = self._device.current_stream()
         self._kernels.attend(call.q, pages, layout, call.rules, into, stream=stream)
-
-    def _to_card(self, values: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(values.astype(dtype)).to(self._device.torch_device)
 
     def _checksums_of(self, arrival: Arrival, layout: PageLayout) -> Tensor:
         images = arrival.chunk.memory[: len(arrival.pages) * layout.page_bytes]

@@ -73,7 +73,7 @@ def choose_transfer(
     gpu_io: "gds", "pinned", or "auto": "gds" where it is proved to work. writable: False where the drive only reads.
 
     Raises:
-        GpuUnavailableError: "gds" was asked for and does not work here; it says why. ValueError: gpu_io is none of these.
+        GpuUnavailableError: "gds" was asked for and does not work here. ValueError: gpu_io is none of these.
     """
     from torch_csd.cuda.pinned import PinnedTransfer
 

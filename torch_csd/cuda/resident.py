@@ -83,6 +83,7 @@ class Residents:
         self._device = device
         self._budget_bytes = budget_bytes
         self._shares: dict[int, Share] = {}  # by layer
+        self._refused: dict[int, int] = {}  # by layer: tokens of its shortest row when there was no share to give
 
     @property
     def byte_count(self) -> int:
@@ -103,12 +104,19 @@ class Residents:
         fitting = (self._budget_bytes - self.byte_count) // page_bytes
         pages = min(pages, fitting // max(len(state.lengths), 1))
         if pages <= state.begin // PAGE_TOKENS:
+            self._refused[int(handle[1])] = min(state.lengths, default=0)
             return None
         share = Share(self._device, handle, state, pages * PAGE_TOKENS, page_bytes)
         self._shares[int(handle[1])] = share
         return share
 
+    def may_give(self, handle: Tensor, state: ops.LayerState) -> bool:
+        """False for a layer that was refused, and has not become much longer."""
+        refused = self._refused.get(int(handle[1]))
+        return refused is None or min(state.lengths, default=0) >= 2 * max(refused, PAGE_TOKENS)
+
     def forget(self, handle: Tensor) -> None:
+        self._refused.pop(int(handle[1]), None)
         share = self._shares.pop(int(handle[1]), None)
         if share is not None:
             share.close()
