@@ -78,6 +78,9 @@ class Moved:
     how: str = ""
     missing_mass: float = 0.0  # of the softmax of each sparse attention, summed
     sparse_attends: int = 0
+    card: str = ""  # and how bytes get there
+    near_attends: int = 0
+    gpu_attends: int = 0
 
     def add(self, stats: dict) -> None:
         for name in MOVED_BYTES:
@@ -85,11 +88,17 @@ class Moved:
         self.missing_mass += stats["missing_mass_mean"] * stats["sparse_attends"]
         self.sparse_attends += stats["sparse_attends"]
         self.how = f"{stats['io_engine']}, {'O_DIRECT' if stats['direct_io'] else 'buffered'}"
+        if "gpu" in stats:
+            self.card = f"{stats['gpu']} ({stats['gpu_io']})"
+            self.near_attends += stats["near_attends"]
+            self.gpu_attends += stats["gpu_attends"]
 
     def __str__(self) -> str:
         drive, resident, written = (format_bytes(self.byte_counts[name]) for name in MOVED_BYTES)
         how = f" ({self.how})" if self.how else ""
         line = f"KV: {drive} from the drive{how}, {resident} from memory, {written} written"
+        if self.card:
+            line += f"; attended {self.gpu_attends} times on {self.card}, {self.near_attends} times near the drive"
         if self.sparse_attends > 0:
             line += f"; left out about {self.missing_mass / self.sparse_attends:.2%} of the attention"
         return line
