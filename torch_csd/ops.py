@@ -105,7 +105,8 @@ def _card_of(handle: Tensor) -> Card | None:
     return _cards.get(int(handle[1])) if _cards else None
 
 
-def _settle(handle: Tensor) -> None:
+def settle(handle: Tensor) -> None:
+    """Until what the layer's card packed has arrived. Raises what went wrong; that append is undone then."""
     card = _card_of(handle)
     if card is not None:
         card.settle(handle)
@@ -176,7 +177,7 @@ def layer_handle(handle: Tensor, layer: int) -> Tensor:
 
 def fork_layer(source: Tensor) -> Tensor:
     """The handle of a new layer that shares the source's pages."""
-    _settle(source)
+    settle(source)
     handle = torch.tensor([int(source[0]), next(_layer_numbers), -1])
     _call(_ops.fork_layer, handle, source)
     card = _card_of(source)
@@ -292,17 +293,17 @@ def end_lease(lease: Tensor) -> None:
 
 
 def truncate(handle: Tensor, lengths: Sequence[int]) -> None:
-    _settle(handle)
+    settle(handle)
     _call(_ops.truncate, handle, list(lengths))
 
 
 def trim(handle: Tensor, begin: int) -> None:
-    _settle(handle)
+    settle(handle)
     _call(_ops.trim, handle, begin)
 
 
 def reorder(handle: Tensor, index: Sequence[int]) -> None:
-    _settle(handle)
+    settle(handle)
     _call(_ops.reorder, handle, list(index))
 
 
@@ -355,7 +356,7 @@ class CommittedLayer(NamedTuple):
 def commit(drive: Tensor, snapshot: int, handles: Sequence[Tensor]) -> list[CommittedLayer]:
     """Puts what these layers hold on the drive for good. Its space is held by the snapshot until :func:`release`."""
     for handle in handles:
-        _settle(handle)
+        settle(handle)
     numbers, entries = _call(_ops.commit, drive, snapshot, [int(handle[1]) for handle in handles])
     values, entries = iter(numbers.tolist()), entries.numpy().tobytes()
     tables = []
@@ -382,7 +383,7 @@ class BadPage(NamedTuple):
 
 def verify(handle: Tensor) -> list[BadPage]:
     """Pages of a layer that the drive does not give back as they were written."""
-    _settle(handle)
+    settle(handle)
     return [BadPage(*page) for page in _call(_ops.verify, handle).tolist()]
 
 
@@ -530,7 +531,7 @@ def attend_sparse(
     """Attention over a choice of the stored tokens: ``(out, lse, missing)``; see :meth:`KVStore.attend`."""
     what = (mask, sinks, alibi_slopes, scale, causal, window, softcap, row_begin, kv_begin, kv_end, head_dim_v)
     if not torch.compiler.is_compiling():
-        _settle(handle)
+        settle(handle)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _call(_ops.attend_sparse.default, handle, q, *what, *settings)
     with torch._C._AutoDispatchBelowAutograd():
@@ -549,21 +550,21 @@ def prefetch(
     kv_end: int = -1,
 ) -> None:
     """Begins to read what `attend_sparse` would choose for ``q``; see :meth:`KVStore.prefetch`."""
-    _settle(handle)
+    settle(handle)
     _call(_ops.prefetch, handle, q.detach(), scale, softcap, row_begin, kv_begin, kv_end, *settings)
 
 
 def scores(handle: Tensor, q: Tensor, *, row_begin: int, kv_begin: int, kv_end: int) -> Tensor:
     """``q @ K^T``: ``[batch, num_heads, q_len, kv_end - kv_begin]`` in q's dtype, unscaled."""
     if not torch.compiler.is_compiling():
-        _settle(handle)
+        settle(handle)
     return _call(_ops.scores, handle, q, row_begin, kv_begin, kv_end)
 
 
 def weighted_sum(handle: Tensor, p: Tensor, *, row_begin: int, kv_begin: int, kv_end: int, head_dim_v: int) -> Tensor:
     """``p @ V``: ``[batch, num_heads, q_len, head_dim_v]`` in p's dtype."""
     if not torch.compiler.is_compiling():
-        _settle(handle)
+        settle(handle)
     return _call(_ops.weighted_sum, handle, p, row_begin, kv_begin, kv_end, head_dim_v)
 
 
@@ -581,7 +582,7 @@ def read(
 ) -> Tensor:
     """Stored K, or with ``values`` V: ``[row_count, num_kv_heads, kv_end - kv_begin, head_dim]``, dense, on the CPU."""
     if not torch.compiler.is_compiling():
-        _settle(handle)
+        settle(handle)
     return _call(_ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim)
 
 
@@ -794,25 +795,25 @@ def _(handle, q, *args):
 
 @torch.library.impl("torch_csd::attend_sparse", "CUDA")
 def _(handle, q, *args):
-    _settle(handle)
+    settle(handle)
     return tuple(result.to(q.device) for result in _ops.attend_sparse(handle, q.cpu(), *map(_on_cpu, args)))
 
 
 @torch.library.impl("torch_csd::prefetch", "CUDA")
 def _(handle, q, *args):
-    _settle(handle)
+    settle(handle)
     _ops.prefetch(handle, q.cpu(), *args)
 
 
 @torch.library.impl("torch_csd::scores", "CUDA")
 def _(handle, q, *args):
-    _settle(handle)
+    settle(handle)
     return _ops.scores(handle, q.cpu(), *args).to(q.device)
 
 
 @torch.library.impl("torch_csd::weighted_sum", "CUDA")
 def _(handle, p, *args):
-    _settle(handle)
+    settle(handle)
     return _ops.weighted_sum(handle, p.cpu(), *args).to(p.device)
 
 

@@ -562,6 +562,14 @@ class KVStore:
                 if number in self._layers:
                     ops.drop_layer(self._layers.pop(number).handle)
 
+    def settle(self, layer: int) -> None:
+        """Waits until what a GPU packed of the last append to a layer is where it goes; what comes next does so anyway.
+
+        Raises:
+            StoreError: it could not be written; the append is undone. StoreFullError: because the drive is full.
+        """
+        ops.settle(self.layer(layer).handle)
+
     def flush(self) -> None:
         """Waits until every page that is on its way to the drive has arrived, and left memory.
 

@@ -11,6 +11,7 @@ import threading
 import emulated_card
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_attention_equal, random_kv
@@ -501,6 +502,40 @@ def test_a_write_that_fails_undoes_its_append(install, make_store, code, expecte
     new = kv(2, 600, seed=2)
     store.append(0, *new)
     assert torch.equal(store.read(0)[0], both(k, new[0]))
+
+
+@pytest.mark.parametrize("completions_before", [0, 1])
+def test_a_write_that_fails_takes_a_models_cache_back_to_before_its_forward(install, tmp_path, completions_before):
+    from hf.models import model_of, prompts
+
+    install()
+    model = model_of("llama", "csd")
+    with torch.no_grad(), torch_csd.StorageCache(model.config, tmp_path, memory_budget="8MiB", resident=False) as cache:
+        model(**prompts(300), past_key_values=cache)
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        cache.store.flush()
+        held = [layer.keys.to_dense() for layer in cache.layers]
+        transfer = FaultyTransfer.made[0]
+        real = transfer.reap
+        failing = iter([False] * completions_before + [True])  # the pages of one layer
+
+        def reap(*, wait: bool = False):
+            completions = real(wait=wait)
+            failed = completions and completions[0].request.write and next(failing, False)
+            return [c._replace(error=OSError(errno.EIO, "gone")) for c in completions] if failed else completions
+
+        transfer.reap = reap
+        more = prompts(400, seed=2)["input_ids"]
+        with pytest.raises(StoreError, match="append is undone"):
+            model(input_ids=more, past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [301] * len(held)
+        for layer, keys in zip(cache.layers, held, strict=True):
+            assert torch.equal(layer.keys.to_dense(), keys)
+        ours = model(input_ids=more, past_key_values=cache).logits
+        stock = transformers.DynamicCache(config=model.config)
+        for ids in (prompts(300)["input_ids"], torch.tensor([[5]]), more):
+            expected = model(input_ids=ids, past_key_values=stock).logits
+        torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
 
 
 def test_a_read_that_fails_is_an_error_and_not_the_end(install, make_store):

@@ -45,12 +45,17 @@ def _check_packages(wanted: str) -> None:
         raise GpuUnavailableError(f"{wanted} needs CuPy: pip install torch_csd[cuda], or cupy-cuda13x alone")
 
 
+_devices: dict[torch.device, Device] = {}  # one each: they keep what they have compiled
+
+
 def open_device(device: torch.device) -> Device:
     """The card that tokens are on.
 
     Raises:
         GpuUnavailableError: CuPy is missing, or kernels cannot be compiled for the card.
     """
+    if device in _devices:
+        return _devices[device]
     from torch_csd.cuda.cuda_device import CudaDevice
 
     try:
@@ -58,7 +63,7 @@ def open_device(device: torch.device) -> Device:
         card.prepare(Kernel("checksum", "csd::checksum"))  # what is wrong with CuPy, NVRTC or an old card shows here
     except (ImportError, RuntimeError) as error:
         raise GpuUnavailableError(f"{device} cannot run the kernels: {error}") from error
-    return card
+    return _devices.setdefault(device, card)
 
 
 def choose_transfer(card: Device, drive: Tensor, config: StoreConfig, writable: bool) -> tuple[Transfer, str]:

@@ -209,11 +209,12 @@ class StorageCache(DynamicCache):
             return layer.update(key_states, value_states, *args, **kwargs)
         except (StoreError, MemoryBudgetError):
             # This layer is as before. The layers before it have the new tokens already: without them too, the cache
-            # is what it was before this forward, and can go on when there is room again.
+            # is what it was before this forward, and can go on when there is room again. What a card could not write of
+            # a prompt is known at the forward after it: then all layers go back to before the prompt.
             past_tokens = layer.get_seq_length()
-            for earlier in self.layers[:layer_idx]:
-                if isinstance(earlier, StorageLayer) and earlier.get_seq_length() > past_tokens:
-                    earlier.undo_to(past_tokens)
+            for other in self.layers:
+                if isinstance(other, StorageLayer) and other.is_initialized and other.get_seq_length() > past_tokens:
+                    other.undo_to(past_tokens)
             raise
 
     def _check_room(self, key_states: torch.Tensor, value_states: torch.Tensor, layer: StorageLayer) -> None:
@@ -385,6 +386,8 @@ class StorageLayer(DynamicLayer):
         kv_begin = self._visible_begin(past_tokens)
         self._drop_unneeded(state.begin, kv_begin)
         nothing_older = kv_begin == past_tokens
+        if not nothing_older and k_shape[2] > 1:
+            self.store.settle(self.index)  # attention would find what went wrong, where nobody can undo it
         if self._holds_latents(key_states, value_states):
             _warn_latents_are_read()
             if nothing_older:
@@ -419,7 +422,7 @@ class StorageLayer(DynamicLayer):
         length = self.get_seq_length()
         self._shown = None
         if tokens_to_remove < 0 and length > 0:
-            self.store.truncate(self.index, max(length + tokens_to_remove, 0))
+            self.store.truncate(self.index, max(length + int(tokens_to_remove), 0))
 
     def undo_to(self, length: int) -> None:
         """Forgets the tokens from position `length` on: those of a forward that failed in a later layer."""
