@@ -1,0 +1,1 @@
+"""What bench_gpu.py measures: a module for each section, and the table they fill."""
