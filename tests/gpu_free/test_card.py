@@ -603,6 +603,31 @@ def test_a_store_may_be_closed_with_pages_on_their_way(install, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_store_may_go_in_the_middle_of_a_call_on_another(install, make_store, monkeypatch):
+    """As when the garbage collector finds it there: in the same thread."""
+    install(gpu_budget=4 * PAGE_BYTES)
+    store = make_store(resident=False)
+    k, v = kv(1, 700)
+    store.append(0, k, v)
+    forks = []
+    real = PinnedTransfer.submit
+
+    def submit(self, request):
+        if forks:
+            forks.pop().close()
+        real(self, request)
+
+    monkeypatch.setattr(PinnedTransfer, "submit", submit)
+    for step in range(4):
+        fork = store.fork()
+        fork.append(0, *kv(1, 640, seed=step))
+        fork.attend(0, query(1))
+        forks.append(fork)
+        q = query(1)
+        assert_attention_equal(store.attend(0, q)[0], reference.attention(q, k, v)[0])
+        assert not forks
+
+
 def test_a_dropped_layer_takes_its_pages_along(install, make_store):
     install(gpu_budget="1MiB")
     store = make_store(resident=False)

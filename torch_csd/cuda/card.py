@@ -11,6 +11,8 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -80,10 +82,31 @@ class Card:
         self._last_work: Work | None = None
         self._closed = False
         self._process = os.getpid()
+        # A store that the garbage collector finds may go in the middle of a call, in its thread: after it, then.
+        self._depth = 0
+        self._leaving: list[Callable[[], None]] = []
 
     def _is_ours(self) -> bool:
         """Not so in a forked child, whose every use of the drive is an error that the drive raises."""
         return os.getpid() == self._process
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with self._lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                while self._depth == 0 and self._leaving:
+                    self._leaving.pop(0)()
+
+    def _leave(self, leave: Callable[[], None]) -> None:
+        with self._lock:
+            if self._depth > 0:
+                self._leaving.append(leave)
+            else:
+                leave()
 
     # ---- layers --------------------------------------------------------------------------------------------------
 
@@ -105,27 +128,28 @@ class Card:
             self._summarised.add(int(handle[1]))
 
     def forget(self, handle: Tensor) -> None:
-        if not self._is_ours():
-            return
-        with self._lock:
-            layer = int(handle[1])
-            if not self._closed:
-                self._packer.settle(layer)
-                if self._spans.pop(layer, None) is not None:
-                    self._uploads.drop_ahead()
-                self._residents.forget(handle)
-            self._layouts.pop(layer, None)
-            self._summarised.discard(layer)
-            self._after = {before: after for before, after in self._after.items() if layer not in (before, after)}
-            if self._last == layer:
-                self._last = None
+        if self._is_ours():
+            self._leave(lambda: self._forget(handle))
+
+    def _forget(self, handle: Tensor) -> None:
+        layer = int(handle[1])
+        if not self._closed:
+            self._packer.settle(layer)
+            if self._spans.pop(layer, None) is not None:
+                self._uploads.drop_ahead()
+            self._residents.forget(handle)
+        self._layouts.pop(layer, None)
+        self._summarised.discard(layer)
+        self._after = {before: after for before, after in self._after.items() if layer not in (before, after)}
+        if self._last == layer:
+            self._last = None
 
     # ---- appends -------------------------------------------------------------------------------------------------
 
     def append(self, handle: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> ops.LayerState | None:
         if not self._is_ours():
             return None
-        with self._lock:
+        with self._entered():
             self.settle(handle)
             layout = self._layouts.get(int(handle[1]))
             if layout is None or lengths is not None or int(handle[1]) in self._summarised:
@@ -147,7 +171,7 @@ class Card:
     def settle(self, handle: Tensor | None = None) -> None:
         if not self._is_ours():
             return
-        with self._lock:
+        with self._entered():
             error = self._packer.settle(None if handle is None else int(handle[1]))
             if error is not None:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -177,7 +201,7 @@ class Card:
     ) -> tuple[Tensor, Tensor] | None:
         if not self._is_ours():
             return None
-        with self._lock:
+        with self._entered():
             if self._executor == "near" and self._budget_bytes == 0:
                 self._near_calls += 1
                 return None
@@ -218,7 +242,7 @@ class Card:
             end_page = end_page if executor == "gpu" else share_end
             uses = uses.some(uses.indices < end_page)
             if len(uses.pages) == 0:
-                result = self._near(call, call.kv_begin, partial=False)
+                result = self._near(call, call.q.cpu(), call.kv_begin, sinks=call.sinks)
             else:
                 result = self._attend_on_card(call, layout, lease, uses, share, end_page, foresee=executor == "gpu")
         finally:
@@ -286,11 +310,13 @@ class Card:
         try:
             incoming.begin()
             rest_begin = max(end_page * PAGE_TOKENS, call.kv_begin)
-            # q goes down before the kernels are issued: it would wait for them.
-            rest = self._near(call, rest_begin, partial=True) if (call.ends > rest_begin).any() else None
-            here = uses.some(present)
+            has_rest = bool((call.ends > rest_begin).any())
+            # q goes down before the kernels are issued, which it would wait for; they run while the processor attends.
+            q_below = call.q.float().cpu() if has_rest else None
             if share is not None:
+                here = uses.some(present)
                 self._attend_pages(call, layout, here, share.addresses(here.pages), on_card)
+            rest = self._near(call, q_below, rest_begin, sinks=None) if has_rest else None
             for arrival, part, slots in incoming:
                 if arrival.error is not None:
                     raise unreadable(self._path, arrival)
@@ -311,19 +337,18 @@ class Card:
             incoming.close()
         return self._merge(call, [on_card] if rest is None else [on_card, rest])
 
-    def _near(self, call: Call, begin: int, *, partial: bool) -> tuple[Tensor, Tensor]:
-        """Near the drive: tokens from ``begin`` on. A partial is float32 and leaves the sinks out."""
+    def _near(self, call: Call, q: Tensor, begin: int, *, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Near the drive, and back on the card: attention of ``q``, a copy of the call's, from token ``begin`` on."""
         mask = call.mask
         if mask is not None and mask.shape[3] > 1:
             mask = mask[..., begin - call.kv_begin :]
-        q = call.q.float() if partial else call.q
         out, lse = ops.attend_on_drive(
             call.handle,
-            q.cpu(),
+            q,
             scale=call.scale,
             head_dim_v=call.head_dim_v,
             mask=None if mask is None else mask.cpu(),
-            sinks=None if partial or call.sinks is None else call.sinks.cpu(),
+            sinks=None if sinks is None else sinks.cpu(),
             alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.cpu(),
             causal=call.causal,
             window=call.window,
@@ -447,15 +472,16 @@ class Card:
 
     def close(self) -> None:
         """What was appended is awaited, or given up with an error that nobody is left to be told."""
-        if not self._is_ours():
+        if self._is_ours():
+            self._leave(self._close)
+
+    def _close(self) -> None:
+        if self._closed:
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            try:
-                self._packer.settle()
-                self._uploads.drop_ahead()
-                self._residents.close()
-            finally:
-                self._staging.close()
+        self._closed = True
+        try:
+            self._packer.settle()
+            self._uploads.drop_ahead()
+            self._residents.close()
+        finally:
+            self._staging.close()
