@@ -60,10 +60,10 @@ class Call:
             mask = mask.expand(-1, -1, -1, int(self.ends.max()) - self.kv_begin)
         return Rules(
             scale=self.scale,
-            kv_end=torch.from_numpy(self.ends.astype(np.int32)).to(device),
+            kv_end=torch.from_numpy(self.ends.astype(np.int32)).to(device, non_blocking=True),
             kv_begin=self.kv_begin,
             softcap=self.softcap or None,
-            positions=torch.from_numpy(self.first_positions.astype(np.int32)).to(device),
+            positions=torch.from_numpy(self.first_positions.astype(np.int32)).to(device, non_blocking=True),
             causal=self.causal != ops.CAUSAL_NONE,
             window=self.window or None,
             mask=None if mask is None else mask.to(device, torch.float32),

@@ -357,7 +357,11 @@ class Card:
             kv_begin=begin,
             kv_end=call.kv_end,
         )
-        return out.to(self._device.torch_device), lse.to(self._device.torch_device)
+        return self._to_card(out), self._to_card(lse)
+
+    def _to_card(self, values: Tensor) -> Tensor:
+        """Without waiting for the stream: CUDA takes pageable memory to a buffer of its own before it returns."""
+        return values.to(self._device.torch_device, non_blocking=True)
 
     # ---- on the card ---------------------------------------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class Card:
         packed = np.concatenate(
             [addresses.view(np.int32), uses.indices.astype(np.int32), offsets.astype(np.int32)], dtype=np.int32
         )
-        on_card = torch.from_numpy(packed).to(self._device.torch_device)
+        on_card = self._to_card(torch.from_numpy(packed))
         pages = Pages(
             on_card[: 2 * count].view(torch.int64),
             on_card[2 * count : 3 * count],
