@@ -237,6 +237,8 @@ class Card:
             share = self._share(call, layout, state)
             share_end = first_page if share is None else min(max(share.end // PAGE_TOKENS, first_page), end_page)
             uses = Uses.of(lease.table, call, end_page)
+            if len(uses.pages) == 0:  # nothing to choose about: only tails, or what nobody sees
+                return self._near(call, call.q.cpu(), call.kv_begin, sinks=call.sinks)
             work = self._work(call, layout, uses, share_end)
             executor = self._choose(work)
             end_page = end_page if executor == "gpu" else share_end

@@ -187,7 +187,8 @@ class CostModel:
         other = _OTHER[chosen]
         kind.calls += 1
 
-        saving = 1 - _cost(other, predicted) / _cost(chosen, predicted)
+        chosen_s = _cost(chosen, predicted)
+        saving = 1 - _cost(other, predicted) / chosen_s if chosen_s > 0 else 0.0  # 0: a call of nothing
         kind.savings = max(0.0, kind.savings + min(saving, CHANGE_SAVINGS_PER_CALL) - CHANGE_MARGIN)
         if kind.savings >= CHANGE_SAVINGS:
             kind.change_to(other)

@@ -26,7 +26,6 @@ class Lease:
 
     def __init__(self, handle: Tensor, *, row_begin: int, row_count: int, kv_begin: int, kv_end: int):
         self.handle = ops.new_lease(handle)
-        self.begin = kv_begin
         span = dict(row_begin=row_begin, row_count=row_count, kv_begin=kv_begin, kv_end=kv_end)
         self.table = ops.lease(self.handle, handle, **span).numpy()
 

@@ -17,12 +17,12 @@ from torch_csd.cuda.pages import Lease
 class Share:
     """A layer's pages up to token ``end`` of all rows. They have memory on the card; each comes when first read."""
 
-    def __init__(self, device: Device, handle: Tensor, state: ops.LayerState, end: int, page_bytes: int):
+    def __init__(self, device: Device, lease: Lease, epoch: int, end: int, page_bytes: int):
         self.end = end
         self.page_bytes = page_bytes
-        self.epoch = state.epoch
-        self._lease = _lease(handle, state, end)
-        self._pages = np.unique(self._lease.table[:, ops.PAGE])
+        self.epoch = epoch
+        self._lease = lease  # this object's from now on
+        self._pages = np.unique(lease.table[:, ops.PAGE])
         self._present = np.zeros(len(self._pages), dtype=bool)
         with torch.inference_mode(False):  # it outlives the mode that it is made in
             self._memory = device.new_memory(len(self._pages) * page_bytes)
@@ -34,7 +34,7 @@ class Share:
     def covers(self, handle: Tensor, state: ops.LayerState) -> bool:
         """Whether these are still the pages of that range: tokens may have been reordered or cropped."""
         if state.epoch != self.epoch:
-            if min(state.lengths, default=0) < self.end or state.begin > self._lease.begin:
+            if min(state.lengths, default=0) < self.end:
                 return False
             now = _lease(handle, state, self.end)
             now.end()
@@ -91,7 +91,7 @@ class Residents:
 
     def find(self, handle: Tensor, state: ops.LayerState) -> Share | None:
         share = self._shares.get(int(handle[1]))
-        if share is None or share.covers(handle, state):
+        if share is None or (state.begin < share.end and share.covers(handle, state)):
             return share
         self.forget(handle)
         return None
@@ -103,12 +103,22 @@ class Residents:
         pages = math.ceil(part * (min(state.lengths, default=0) // PAGE_TOKENS))
         fitting = (self._budget_bytes - self.byte_count) // page_bytes
         pages = min(pages, fitting // max(len(state.lengths), 1))
-        if pages <= state.begin // PAGE_TOKENS:
-            self._refused[int(handle[1])] = min(state.lengths, default=0)
-            return None
-        share = Share(self._device, handle, state, pages * PAGE_TOKENS, page_bytes)
-        self._shares[int(handle[1])] = share
-        return share
+        # Not of a layer that has lost its beginning: a window moves on, and would soon have left these pages behind.
+        if pages > 0 and state.begin == 0:
+            lease = _lease(handle, state, pages * PAGE_TOKENS)
+            # As far as all rows have pages that stay as they are.
+            pages = int(np.bincount(lease.table[:, ops.ROW], minlength=len(state.lengths)).min())
+            if pages > 0:
+                try:
+                    share = Share(self._device, lease, state.epoch, pages * PAGE_TOKENS, page_bytes)
+                except BaseException:
+                    lease.end()
+                    raise
+                self._shares[int(handle[1])] = share
+                return share
+            lease.end()
+        self._refused[int(handle[1])] = min(state.lengths, default=0)
+        return None
 
     def may_give(self, handle: Tensor, state: ops.LayerState) -> bool:
         """False for a layer that was refused, and has not become much longer."""
