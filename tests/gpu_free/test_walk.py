@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import random
 
 import emulated_card
@@ -10,7 +13,8 @@ import torch
 from support import random_kv
 
 import torch_csd.drive
-from torch_csd import KVStore
+from torch_csd import KVStore, StoreError
+from torch_csd.cuda.pinned import PinnedTransfer
 
 HEADS, HEAD_DIM_K, HEAD_DIM_V = 2, 16, 24
 
@@ -108,3 +112,98 @@ def walk(directory, monkeypatch: pytest.MonkeyPatch, seed: int, steps: int) -> N
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_walk(tmp_path, monkeypatch, seed):
     walk(tmp_path, monkeypatch, seed, steps=60)
+
+
+class FailingTransfer(PinnedTransfer):
+    """Fails a share of all requests."""
+
+    share = 0.0
+    failures = 0
+
+    def reap(self, *, wait=False):
+        completions = super().reap(wait=wait)
+        for place, completion in enumerate(completions):
+            if random.random() < FailingTransfer.share:
+                FailingTransfer.failures += 1
+                completions[place] = completion._replace(error=OSError(errno.EIO, os.strerror(errno.EIO)))
+        return completions
+
+
+def walk_with_failures(directory, monkeypatch: pytest.MonkeyPatch, seed: int, steps: int) -> int:
+    """After each error the store holds what it held before the append that failed. Returns how many there were."""
+    rng = random.Random(seed)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    emulated_card.install(
+        monkeypatch,
+        executor=rng.choice(["near", "gpu", "auto"]),
+        gpu_budget=rng.choice([0, 50_000, 2**20]),
+        gpu_staging="1MiB",
+        make_transfer=FailingTransfer,
+    )
+    settings = dict(kv_dtype=rng.choice(["float32", "int8"]), memory_budget="4MiB", resident=rng.random() < 0.5)
+    errors = 0
+    with KVStore(directory, **settings) as carded, KVStore(directory, **settings) as plain:
+        monkeypatch.setattr(plain._drive, "attach_card", lambda stored: None)
+
+        def settle() -> None:
+            """What is still to fail fails, and the other store forgets what this one has lost."""
+            monkeypatch.setattr(FailingTransfer, "share", 0.0)
+            for layer in carded.layers():
+                with contextlib.suppress(StoreError):
+                    carded.settle(layer)
+                held, lengths = plain.lengths(layer), carded.lengths(layer)
+                if held != lengths and not lengths:
+                    plain.free(layer)
+                elif held != lengths:
+                    assert all(short <= long for short, long in zip(lengths, held, strict=True))
+                    plain.truncate(layer, lengths)
+
+        def step(act):
+            nonlocal errors
+            monkeypatch.setattr(FailingTransfer, "share", 0.08)
+            try:
+                ours = act(carded)
+            except StoreError:
+                errors += 1
+                settle()
+                return None
+            return ours, act(plain)
+
+        for number in range(steps):
+            layer = rng.randrange(2)
+            rows, length = len(carded.lengths(layer)), min(carded.lengths(layer), default=0)
+            what = rng.choice(["append"] * 4 + ["attend"] * 4 + ["reorder", "truncate", "read", "flush"])
+            if what == "append":
+                tokens = rng.choice([1, 64, 130, 500, 1300])
+                k, v = random_kv(rows or 2, HEADS, tokens, HEAD_DIM_K, HEAD_DIM_V, seed=seed * 1000 + number)
+                step(lambda store, layer=layer, k=k, v=v: store.append(layer, k, v))
+            elif what == "attend" and length > 0:
+                q = torch.randn(rows, 4, rng.choice([1, 3]), HEAD_DIM_K)
+                outs = step(lambda store, layer=layer, q=q: store.attend(layer, q)[0])
+                if outs is not None:
+                    torch.testing.assert_close(*outs, atol=2e-3, rtol=1e-2)
+            elif what == "reorder" and rows:
+                step(lambda store, layer=layer, rows=rows: store.reorder(layer, [rows - 1, 0]))
+            elif what == "truncate" and length > 0:
+                to = rng.randint(0, length)
+                step(lambda store, layer=layer, to=to: store.truncate(layer, to))
+            elif what == "read" and length > 0:
+                for ours, theirs in zip(*(step(lambda store, layer=layer: store.read(layer)) or ()), strict=True):
+                    assert torch.equal(ours, theirs)
+            elif what == "flush":
+                step(lambda store: store.flush())
+        settle()
+        for layer in carded.layers():
+            if min(carded.lengths(layer), default=0) > 0:
+                for ours, theirs in zip(carded.read(layer), plain.read(layer), strict=True):
+                    assert torch.equal(ours, theirs)
+    return errors
+
+
+def test_random_walks_survive_failing_transfers(tmp_path, monkeypatch):
+    errors = 0
+    for seed in range(8):
+        with monkeypatch.context() as patches:
+            errors += walk_with_failures(tmp_path, patches, seed, steps=60)
+    assert errors > 0 < FailingTransfer.failures
