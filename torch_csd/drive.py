@@ -32,7 +32,7 @@ from torch_csd.catalogue import (
     page_spans,
 )
 from torch_csd.config import StoreConfig, parse_kv_dtype
-from torch_csd.errors import GpuUnavailableError, StoreBusyError, StoreCorruptError, StoreError
+from torch_csd.errors import GpuUnavailableError, MemoryBudgetError, StoreBusyError, StoreCorruptError, StoreError
 
 CODE_BITS = {torch.int8: 8, torch.int4: 4}
 
@@ -118,7 +118,7 @@ class Drive:
         """Gives the card that a layer's tokens are on its share in the layer.
 
         Raises:
-            GpuUnavailableError: it cannot have one, and was asked for.
+            GpuUnavailableError: it cannot have one, and was asked for. MemoryBudgetError: it has no memory for one.
         """
         if not is_card(stored.device):
             return
@@ -134,7 +134,7 @@ class Drive:
         try:
             with torch.inference_mode(False):  # its memory outlives the mode that it is made in
                 card = cuda().open_card(device, self.handle, self.config, writable=not self.read_only)
-        except GpuUnavailableError as error:
+        except (GpuUnavailableError, MemoryBudgetError) as error:
             if self.config.executor == "gpu" or self.config.gpu_io == "gds":
                 raise
             self.gpu_reason = str(error)

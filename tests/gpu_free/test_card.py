@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from support import assert_attention_equal, random_kv
 
 import torch_csd
+import torch_csd.cuda
 from torch_csd import (
     GpuUnavailableError,
     KVStore,
+    MemoryBudgetError,
     PageTopK,
     StorageTensor,
     StoreCorruptError,
@@ -641,6 +643,26 @@ def test_a_dropped_layer_takes_its_pages_along(install, make_store):
     store.append(0, *kv(2, 640, seed=3))
     q = query(2)
     assert_attention_equal(store.attend(0, q)[0], reference.attention(q, *kv(2, 640, seed=3))[0])
+
+
+@pytest.mark.parametrize("error", [GpuUnavailableError("the card is too old"), MemoryBudgetError("no memory is free")])
+def test_without_a_card_it_goes_on_near_the_drive_unless_one_was_asked_for(install, make_store, monkeypatch, error):
+    install(executor="auto")
+
+    def open_device(device):
+        raise error
+
+    monkeypatch.setattr(torch_csd.cuda, "open_device", open_device)
+    store = make_store(resident=False)
+    k, v = kv(1, 700)
+    q = query(1)
+    for layer in (0, 1):
+        store.append(layer, k, v)
+        assert_attention_equal(store.attend(layer, q)[0], reference.attention(q, k, v)[0])
+    stats = store.stats()
+    assert stats["gpu_reason"] == str(error) and "gpu" not in stats
+    with pytest.raises(type(error), match=str(error)):
+        make_store(executor="gpu").append(0, k, v)
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
