@@ -347,41 +347,49 @@ Tensor layer_info(const Tensor& handle) {
   return info_tensor(source.drive->info(source.layer));
 }
 
-// New tokens for a layer of this geometry; k and v are dense in their last dimension.
-AppendRequest append_request(const Geometry& geometry, const Tensor& k, const Tensor& v) {
-  for (const Tensor* tensor : {&k, &v}) {
-    const char* what = tensor == &k ? "k's num_kv_heads" : "v's num_kv_heads";
+// New tokens for a layer: k and v are dense in their last dimension, and what the request points into.
+struct AppendArguments {
+  Tensor k;
+  Tensor v;
+  AppendRequest request;
+};
+
+AppendArguments append_arguments(const Handle& target, const Tensor& k_any, const Tensor& v_any) {
+  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
+  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
+  const Geometry geometry = target.drive->geometry(target.layer);
+  for (const Tensor* tensor : {&k_any, &v_any}) {
+    const char* what = tensor == &k_any ? "k's num_kv_heads" : "v's num_kv_heads";
     check_width(tensor->size(1), geometry.num_kv_heads, what);
   }
-  check_width(k.size(3), geometry.head_dim_k, "k's head_dim");
-  check_width(v.size(3), geometry.head_dim_v, "v's head_dim");
-  if (k.size(0) != v.size(0) || k.size(2) != v.size(2) || k.scalar_type() != v.scalar_type()) {
-    fail("k and v must agree in batch, tokens and dtype, got batch " + text(k.size(0)) + " and " +
-         text(v.size(0)) + ", tokens " + text(k.size(2)) + " and " + text(v.size(2)));
+  check_width(k_any.size(3), geometry.head_dim_k, "k's head_dim");
+  check_width(v_any.size(3), geometry.head_dim_v, "v's head_dim");
+  if (k_any.size(0) != v_any.size(0) || k_any.size(2) != v_any.size(2) ||
+      k_any.scalar_type() != v_any.scalar_type()) {
+    fail("k and v must agree in batch, tokens and dtype, got batch " + text(k_any.size(0)) + " and " +
+         text(v_any.size(0)) + ", tokens " + text(k_any.size(2)) + " and " + text(v_any.size(2)));
   }
-  AppendRequest request;
-  request.dtype = to_dtype(k.scalar_type(), "k");
-  request.row_count = k.size(0);
-  request.q_len = k.size(2);
-  request.k = k.const_data_ptr();
-  request.v = v.const_data_ptr();
+  AppendArguments arguments{dense_last(k_any), dense_last(v_any), {}};
+  AppendRequest& request = arguments.request;
+  request.dtype = to_dtype(k_any.scalar_type(), "k");
+  request.row_count = k_any.size(0);
+  request.q_len = k_any.size(2);
+  request.k = arguments.k.const_data_ptr();
+  request.v = arguments.v.const_data_ptr();
   for (int64_t i = 0; i < 3; ++i) {
-    request.k_strides[i] = k.stride(i);
-    request.v_strides[i] = v.stride(i);
+    request.k_strides[i] = arguments.k.stride(i);
+    request.v_strides[i] = arguments.v.stride(i);
   }
   if (request.row_count < 1) fail("append: the batch must have at least one row");
-  return request;
+  return arguments;
 }
 
 // Returns what layer_info would at the moment of the append, so that no call of it is needed after.
 Tensor append(const Tensor& handle, const Tensor& k_any, const Tensor& v_any,
               std::optional<std::vector<int64_t>> lengths) {
   const Handle target = open_handle(handle);
-  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
-  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
-  const Tensor k = dense_last(k_any);
-  const Tensor v = dense_last(v_any);
-  AppendRequest request = append_request(target.drive->geometry(target.layer), k, v);
+  AppendArguments arguments = append_arguments(target, k_any, v_any);
+  AppendRequest& request = arguments.request;
   if (lengths.has_value()) {
     if (static_cast<int64_t>(lengths->size()) != request.row_count) {
       fail("lengths must have one entry per row (" + text(request.row_count) + "), got " +
@@ -484,11 +492,8 @@ std::tuple<Tensor, Tensor> append_reserved(const Tensor& lease, const Tensor& ha
                                            const Tensor& v_any, int64_t reserved_begin,
                                            int64_t reserved_count) {
   const Handle target = open_handle(handle);
-  check_rank4(k_any, "k", "[batch, num_kv_heads, q_len, head_dim]");
-  check_rank4(v_any, "v", "[batch, num_kv_heads, q_len, head_dim]");
-  const Tensor k = dense_last(k_any);
-  const Tensor v = dense_last(v_any);
-  AppendRequest request = append_request(target.drive->geometry(target.layer), k, v);
+  AppendArguments arguments = append_arguments(target, k_any, v_any);
+  AppendRequest& request = arguments.request;
   if (reserved_begin < 0 || reserved_begin > request.q_len || reserved_count < 0) {
     fail("append: reserved tokens must begin within k's " + text(request.q_len) + ", got " +
          text(reserved_begin));

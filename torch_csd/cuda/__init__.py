@@ -88,7 +88,6 @@ def open_card(device: torch.device, drive: Tensor, config: StoreConfig, *, writa
         rates = measure_rates(card, config, direct=transfer.name == "gds") if config.executor == "auto" else None
         return Card(
             card,
-            drive,
             transfer,
             path=config.directory,
             transfer_reason=reason,

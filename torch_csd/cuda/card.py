@@ -45,7 +45,6 @@ class Card:
     def __init__(
         self,
         device: Device,
-        drive: Tensor,
         transfer: Transfer,
         *,
         path: str,
@@ -57,7 +56,6 @@ class Card:
         checksums: bool = True,
     ):
         self._device = device
-        self._drive = drive
         self._path = path
         self._transfer_reason = transfer_reason
         self._executor = executor
@@ -468,6 +466,7 @@ class Card:
                 "gpu_read_ahead_bytes": self._uploads.ahead_bytes,
                 "gpu_read_ahead_wasted_bytes": self._uploads.wasted_bytes,
                 "gpu_packed_bytes": self._packer.packed_bytes,
+                "gpu_to_host_bytes": self._packer.to_memory_bytes,
                 "gpu_written_bytes": transfer.written_bytes,
                 "near_attends": self._near_calls,
                 "gpu_attends": self._gpu_calls,
