@@ -8,6 +8,7 @@ import pty
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import torch_csd
 from torch_csd import KVStore
 from torch_csd.catalogue import Catalogue, page_spans
-from torch_csd.cli.store import age
+from torch_csd.cli.store import age, open_scratch_files
 
 TOKENS = 300
 
@@ -357,3 +358,26 @@ def test_a_terminal_of_80_columns_shows_whole_sequences(kept):
     )
     code, shown = on_terminal("verify", kept, answer=b"")
     assert code == 0 and "every page is as it was written" in shown and "Traceback" not in shown
+
+
+def test_processes_that_end_meanwhile_are_no_matter(tmp_path):
+    """Their directories under /proc go while they are looked through."""
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            subprocess.run(["true"], check=True)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        with KVStore(tmp_path, memory_budget="1MiB"):
+            until_s = time.monotonic() + 2
+            while time.monotonic() < until_s:
+                # A child has the file, too, until it executes its program.
+                assert os.getpid() in [file["process"] for file in open_scratch_files(tmp_path)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

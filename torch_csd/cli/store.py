@@ -182,7 +182,7 @@ def open_scratch_files(directory: Path) -> list[dict]:
     """
     prefix = str(directory.resolve()).rstrip("/") + "/"
     found = []
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+    for descriptor in _open_descriptors():
         try:
             target = os.readlink(descriptor)
             if not target.startswith(prefix) or not target.endswith(" (deleted)") or "/" in target[len(prefix) :]:
@@ -196,6 +196,19 @@ def open_scratch_files(directory: Path) -> list[dict]:
             continue
         found.append({"process": int(process), "command": command.strip(), "allocated_bytes": allocated_bytes})
     return sorted(found, key=lambda file: file["process"])
+
+
+def _open_descriptors() -> Iterator[Path]:
+    """Of all processes that may be looked at. Not by glob, which fails where one ends meanwhile."""
+    for process in os.listdir("/proc"):
+        if not process.isdigit():
+            continue
+        try:
+            descriptors = os.listdir(f"/proc/{process}/fd")
+        except OSError:  # another user's, or gone
+            continue
+        for descriptor in descriptors:
+            yield Path("/proc", process, "fd", descriptor)
 
 
 # ---- verify ---------------------------------------------------------------------------------------------------------
