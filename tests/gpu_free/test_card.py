@@ -495,7 +495,7 @@ def test_a_write_that_fails_undoes_its_append(install, make_store, code, expecte
     transfer = FaultyTransfer.made[0]
     transfer.failing[True] = code
     store.append(0, *kv(2, 600, seed=1))
-    with pytest.raises(expected, match=f"{os.strerror(code)}.*|undone.*{os.strerror(code)}"):
+    with pytest.raises(expected, match=rf"failed at byte \d+ .*undone.*{os.strerror(code)}"):
         store.attend(0, query(2))
     transfer.failing.clear()
     assert store.lengths(0) == [200, 200] == store.lengths(1)

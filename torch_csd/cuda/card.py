@@ -170,12 +170,14 @@ class Card:
         if not self._is_ours():
             return
         with self._entered():
-            error = self._packer.settle(None if handle is None else int(handle[1]))
-            if error is not None:
+            failed = self._packer.settle(None if handle is None else int(handle[1]))
+            if failed is not None:
+                error, offset = failed
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 raise (StoreFullError if full else StoreError)(
-                    f"{self._path}: writing KV pages from the card failed (their append is undone): {reason}"
+                    f"{self._path}: writing KV pages from the card failed at byte {offset} (their append is undone): "
+                    f"{reason}"
                 ) from error
 
     # ---- attention -----------------------------------------------------------------------------------------------

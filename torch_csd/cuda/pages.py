@@ -82,7 +82,7 @@ class Uploads:
         arrival = Arrival(chunk, lease, page_bytes, table[:, ops.PAGE], offsets, checksums)
         if (offsets < 0).any():
             self._bring_from_memory(arrival, places)
-        for first, last in _runs(offsets, page_bytes):
+        for first, last in adjacent_runs(offsets, page_bytes):
             size = (last - first) * page_bytes
             arrival.under_way += 1
             self.drive_bytes += size
@@ -250,7 +250,7 @@ def unreadable(path: str, arrival: Arrival) -> StoreError:
     return error
 
 
-def _runs(offsets: np.ndarray, page_bytes: int) -> list[tuple[int, int]]:
+def adjacent_runs(offsets: np.ndarray, page_bytes: int) -> list[tuple[int, int]]:
     """[first, last) of pages that lie side by side in the file; those that do not lie in it are left out."""
     runs = []
     first = 0

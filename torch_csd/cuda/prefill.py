@@ -17,7 +17,7 @@ from torch_csd.catalogue import BLOCK_BYTES, PAGE_TOKENS
 from torch_csd.cuda.device import Device, Event
 from torch_csd.cuda.kernels import Kernels
 from torch_csd.cuda.layout import PageLayout
-from torch_csd.cuda.pages import _runs
+from torch_csd.cuda.pages import adjacent_runs
 from torch_csd.cuda.staging import Chunk, Staging
 from torch_csd.cuda.transfer import Completion
 
@@ -151,7 +151,7 @@ class Packer:
         if len(in_memory) > 0:
             enter()
             self._to_memory(append, chunk, places[in_memory], in_memory, leave)
-        for begin, end in _runs(offsets, append.page_bytes):
+        for begin, end in adjacent_runs(offsets, append.page_bytes):
 
             def written(completion: Completion, begin: int = begin, end: int = end) -> None:
                 if completion.error is None:
@@ -202,15 +202,18 @@ class Packer:
     def pending(self, layer: int | None) -> list[_Append]:
         return [append for append in self._appends if layer is None or append.layer == layer]
 
-    def settle(self, layer: int | None = None) -> OSError | None:
-        """Waits for the appends to a layer, or all; the first error of a write. A layer whose pages did not all arrive
-        is as long as before."""
-        error = None
+    def settle(self, layer: int | None = None) -> tuple[OSError, int] | None:
+        """Waits for the appends to a layer, or all. The first error of a write, and at which byte of the file.
+
+        A layer whose pages did not all arrive is as long as before.
+        """
+        failed = None
         for append in self.pending(layer):
             self._await(append)
-            error = error or append.error
+            if append.error is not None and failed is None:
+                failed = append.error, append.error_offset
             self._end(append)
-        return error
+        return failed
 
     def note_finished(self) -> None:
         """Forgets appends that are done, without waiting."""

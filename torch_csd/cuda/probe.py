@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from torch_csd import ops
+from torch_csd.config import GPU_IO_PATHS
 from torch_csd.cuda.device import Device
 from torch_csd.cuda.transfer import Transfer
 from torch_csd.errors import GpuUnavailableError, StoreError
 
-GPU_IO = ("auto", "gds", "pinned")
 LIMIT_S = 20.0  # for kvikio to answer; it does in two where it works
 STARTUP_LIMIT_S = 60.0  # for Python, torch and CUDA before that: cold, from a network drive
 TRIED_BYTES = 1 << 20
@@ -77,8 +77,8 @@ def choose_transfer(
     """
     from torch_csd.cuda.pinned import PinnedTransfer
 
-    if gpu_io not in GPU_IO:
-        raise ValueError(f"gpu_io must be one of {', '.join(GPU_IO)}, got {gpu_io!r}")
+    if gpu_io not in GPU_IO_PATHS:
+        raise ValueError(f"gpu_io must be one of {', '.join(GPU_IO_PATHS)}, got {gpu_io!r}")
     if gpu_io != "pinned":
         verdict = probe_gpu_io(directory, device.torch_device.index or 0)
         if verdict.path == "gds":
