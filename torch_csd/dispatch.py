@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_csd import ops
 from torch_csd.store import attend_layer
-from torch_csd.tensor import CHANNEL, HEAD, PLAIN_AXES, REPEAT, ROW, TOKEN, StorageTensor, View
+from torch_csd.tensor import CHANNEL, HEAD, PLAIN_AXES, REPEAT, ROW, TOKEN, KVTensor, View
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ _ATEN: dict[Callable, Callable] = {}
 
 
 def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``__torch_function__`` of StorageTensor, subclass handling already off."""
+    """``__torch_function__`` of KVTensor, subclass handling already off."""
     if func.__name__ == "__get__":  # shape, dtype, device ...
         return func(*args, **kwargs)
     stored = _stored_in((*args, *kwargs.values()))
@@ -37,7 +37,7 @@ def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def call_aten(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``__torch_dispatch__`` of StorageTensor."""
+    """``__torch_dispatch__`` of KVTensor."""
     handler = _ATEN.get(func)
     if handler is not None:
         return handler(*args, **kwargs)
@@ -52,8 +52,8 @@ def call_aten(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def attention(
     q: Tensor,
-    k: StorageTensor,
-    v: StorageTensor,
+    k: KVTensor,
+    v: KVTensor,
     *,
     scale: float | None = None,
     causal: bool | str = False,
@@ -76,7 +76,7 @@ def attention(
         StaleTensorError: the tokens were reordered, truncated or freed since k and v were made.
     """
     for name, tensor in (("k", k), ("v", v)):
-        if not isinstance(tensor, StorageTensor):
+        if not isinstance(tensor, KVTensor):
             raise NotImplementedError(
                 f"{name} is an ordinary tensor while the other is stored; append both to a store, or use .to_dense()"
             )
@@ -128,7 +128,7 @@ def _scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if isinstance(query, StorageTensor):
+    if isinstance(query, KVTensor):
         raise NotImplementedError("StorageTensor: a stored query cannot be attended with; use .to_dense() first")
     if dropout_p > 0.0:
         raise NotImplementedError(
@@ -141,7 +141,7 @@ def _scaled_dot_product_attention(
         query, key, value = query.unsqueeze(0), _with_row_axis(key), _with_row_axis(value)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unsqueeze(0)
-    if isinstance(key, StorageTensor) and not enable_gqa and query.dim() == 4 and query.shape[1] != key.shape[1]:
+    if isinstance(key, KVTensor) and not enable_gqa and query.dim() == 4 and query.shape[1] != key.shape[1]:
         raise ValueError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; pass enable_gqa=True for grouped heads"
         )
@@ -151,7 +151,7 @@ def _scaled_dot_product_attention(
 
 @_function(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if isinstance(a, StorageTensor) or not isinstance(b, StorageTensor):
+    if isinstance(a, KVTensor) or not isinstance(b, KVTensor):
         raise NotImplementedError(
             "StorageTensor: a stored tensor can be the right factor of a product (q @ k^T, p @ v), not the left; "
             "use .to_dense() first"
@@ -175,8 +175,8 @@ def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1.0
 
 @_function(torch.repeat_interleave, torch.Tensor.repeat_interleave)
 def _repeat_interleave(
-    tensor: StorageTensor, repeats: int, dim: int | None = None, *, output_size: int | None = None
-) -> StorageTensor:
+    tensor: KVTensor, repeats: int, dim: int | None = None, *, output_size: int | None = None
+) -> KVTensor:
     view = tensor._view
     if dim is not None and isinstance(repeats, int) and view.axes[dim] == (HEAD,) and view.repeat == 1:
         axes = list(view.axes)
@@ -188,10 +188,10 @@ def _repeat_interleave(
 
 
 @_function(torch.cat, torch.concat, torch.concatenate)
-def _cat(tensors: list[Tensor], dim: int = 0) -> StorageTensor:
+def _cat(tensors: list[Tensor], dim: int = 0) -> KVTensor:
     """``torch.cat([past, new], dim=-2)``: an append. It is done when both K and V have been given their new tokens."""
     past, *rest = tensors
-    if not isinstance(past, StorageTensor) or len(rest) != 1 or isinstance(rest[0], StorageTensor):
+    if not isinstance(past, KVTensor) or len(rest) != 1 or isinstance(rest[0], KVTensor):
         raise NotImplementedError(
             "StorageTensor: torch.cat appends one tensor of new tokens to stored ones: torch.cat([stored, new], dim=-2)"
         )
@@ -220,14 +220,14 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> StorageTensor:
 
 
 @_function(torch.Tensor.contiguous)
-def _contiguous(tensor: StorageTensor, memory_format: torch.memory_format | None = None) -> StorageTensor:
+def _contiguous(tensor: KVTensor, memory_format: torch.memory_format | None = None) -> KVTensor:
     return tensor
 
 
 # ---- the two products of an eager attention -----------------------------------------------------------------------
 
 
-def _scores(q: Tensor, k: StorageTensor) -> Tensor:
+def _scores(q: Tensor, k: KVTensor) -> Tensor:
     _check_layout(k, ((ROW,), (HEAD,), (CHANNEL,), (TOKEN,)), "q @ k^T")
     _check_query(q, k, "q")
     view = k._view
@@ -240,7 +240,7 @@ def _scores(q: Tensor, k: StorageTensor) -> Tensor:
     )
 
 
-def _weighted_sum(p: Tensor, v: StorageTensor) -> Tensor:
+def _weighted_sum(p: Tensor, v: KVTensor) -> Tensor:
     _check_layout(v, PLAIN_AXES, "p @ v")
     _check_query(p, v, "p")
     view = v._view
@@ -254,7 +254,7 @@ def _weighted_sum(p: Tensor, v: StorageTensor) -> Tensor:
     )
 
 
-def _unmerge(a: Tensor, b: StorageTensor) -> tuple[Tensor, StorageTensor]:
+def _unmerge(a: Tensor, b: KVTensor) -> tuple[Tensor, KVTensor]:
     """The 4-D form of a 3-D product, whose leading dimension is rows x heads (bmm) or heads alone."""
     view = b._view
     if len(view.axes) == 3 and view.axes[0][:2] == (ROW, HEAD):
@@ -265,14 +265,14 @@ def _unmerge(a: Tensor, b: StorageTensor) -> tuple[Tensor, StorageTensor]:
 
 
 def _with_row_axis(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, StorageTensor):
+    if not isinstance(tensor, KVTensor):
         return tensor.unsqueeze(0)
     view = tensor._view
     present = any(ROW in names for names in view.axes)
     return tensor if present else tensor.with_view(view.replace(axes=((ROW,), *view.axes)))
 
 
-def _check_layout(tensor: StorageTensor, axes: tuple[tuple[str, ...], ...], what: str) -> None:
+def _check_layout(tensor: KVTensor, axes: tuple[tuple[str, ...], ...], what: str) -> None:
     view = tensor._view
     if view.axes is axes and view.head_count == view.num_kv_heads:
         return
@@ -284,7 +284,7 @@ def _check_layout(tensor: StorageTensor, axes: tuple[tuple[str, ...], ...], what
         )
 
 
-def _check_query(q: Tensor, stored: StorageTensor, name: str) -> None:
+def _check_query(q: Tensor, stored: KVTensor, name: str) -> None:
     view = stored._view
     if q.dim() != 4 or q.shape[0] != view.row_count:
         raise ValueError(
@@ -314,7 +314,7 @@ def _aten(*overloads: Callable) -> Callable[[Callable], Callable]:
 
 
 @_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
-def _same(tensor: StorageTensor) -> StorageTensor:
+def _same(tensor: KVTensor) -> KVTensor:
     return tensor.with_view(tensor._view)
 
 
@@ -324,9 +324,7 @@ def _aten_bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 @_aten(aten.slice.Tensor)
-def _slice(
-    tensor: StorageTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> StorageTensor:
+def _slice(tensor: KVTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> KVTensor:
     view = tensor._view
     names = view.axes[dim]
     size = view.axis_size(names)
@@ -342,7 +340,7 @@ def _slice(
 
 
 @_aten(aten.select.int)
-def _select(tensor: StorageTensor, dim: int, index: int) -> StorageTensor:
+def _select(tensor: KVTensor, dim: int, index: int) -> KVTensor:
     view = tensor._view
     names = view.axes[dim]
     axes = list(view.axes)
@@ -362,14 +360,14 @@ def _select(tensor: StorageTensor, dim: int, index: int) -> StorageTensor:
 
 
 @_aten(aten.unsqueeze.default)
-def _unsqueeze(tensor: StorageTensor, dim: int) -> StorageTensor:
+def _unsqueeze(tensor: KVTensor, dim: int) -> KVTensor:
     axes = list(tensor._view.axes)
     axes.insert(dim if dim >= 0 else dim + len(axes) + 1, ())
     return tensor.with_view(tensor._view.replace(axes=tuple(axes)))
 
 
 @_aten(aten.squeeze.dim)
-def _squeeze(tensor: StorageTensor, dim: int) -> StorageTensor:
+def _squeeze(tensor: KVTensor, dim: int) -> KVTensor:
     view = tensor._view
     if view.axis_size(view.axes[dim]) != 1:
         return tensor.with_view(view)
@@ -379,37 +377,37 @@ def _squeeze(tensor: StorageTensor, dim: int) -> StorageTensor:
 
 
 @_aten(aten.squeeze.default)
-def _squeeze_all(tensor: StorageTensor) -> StorageTensor:
+def _squeeze_all(tensor: KVTensor) -> KVTensor:
     view = tensor._view
     return tensor.with_view(view.replace(axes=tuple(names for names in view.axes if view.axis_size(names) != 1)))
 
 
 @_aten(aten.unbind.int)
-def _unbind(tensor: StorageTensor, dim: int = 0) -> tuple[StorageTensor, ...]:
+def _unbind(tensor: KVTensor, dim: int = 0) -> tuple[KVTensor, ...]:
     return tuple(_select(tensor, dim, index) for index in range(tensor._view.axis_size(tensor._view.axes[dim])))
 
 
 @_aten(aten.split.Tensor)
-def _split(tensor: StorageTensor, split_size: int, dim: int = 0) -> tuple[StorageTensor, ...]:
+def _split(tensor: KVTensor, split_size: int, dim: int = 0) -> tuple[KVTensor, ...]:
     size = tensor._view.axis_size(tensor._view.axes[dim])
     return tuple(_slice(tensor, dim, begin, begin + split_size) for begin in range(0, size, split_size))
 
 
 @_aten(aten.transpose.int)
-def _transpose(tensor: StorageTensor, dim0: int, dim1: int) -> StorageTensor:
+def _transpose(tensor: KVTensor, dim0: int, dim1: int) -> KVTensor:
     axes = list(tensor._view.axes)
     axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
     return tensor.with_view(tensor._view.replace(axes=tuple(axes)))
 
 
 @_aten(aten.permute.default)
-def _permute(tensor: StorageTensor, dims: list[int]) -> StorageTensor:
+def _permute(tensor: KVTensor, dims: list[int]) -> KVTensor:
     axes = tensor._view.axes
     return tensor.with_view(tensor._view.replace(axes=tuple(axes[dim] for dim in dims)))
 
 
 @_aten(aten.expand.default)
-def _expand(tensor: StorageTensor, sizes: list[int], *, implicit: bool = False) -> StorageTensor:
+def _expand(tensor: KVTensor, sizes: list[int], *, implicit: bool = False) -> KVTensor:
     view = tensor._view
     axes = list(view.axes)
     if len(sizes) == len(axes):
@@ -435,7 +433,7 @@ def _expand(tensor: StorageTensor, sizes: list[int], *, implicit: bool = False) 
 
 
 @_aten(aten.view.default, aten._unsafe_view.default)
-def _view(tensor: StorageTensor, shape: list[int]) -> StorageTensor:
+def _view(tensor: KVTensor, shape: list[int]) -> KVTensor:
     """Regroups the stored dimensions, which keep their order, into the wanted sizes."""
     view = tensor._view
     wanted = list(shape)
@@ -480,10 +478,10 @@ def _names(axes: tuple[tuple[str, ...], ...]) -> str:
     return "[" + ", ".join("*".join(names) or "1" for names in axes) + "]"
 
 
-def _stored_in(values: Iterable[Any]) -> list[StorageTensor]:
-    stored: list[StorageTensor] = []
+def _stored_in(values: Iterable[Any]) -> list[KVTensor]:
+    stored: list[KVTensor] = []
     for value in values:
-        if isinstance(value, StorageTensor):
+        if isinstance(value, KVTensor):
             stored.append(value)
         elif isinstance(value, (list, tuple)):
             stored.extend(_stored_in(value))
@@ -491,7 +489,7 @@ def _stored_in(values: Iterable[Any]) -> list[StorageTensor]:
 
 
 def _in_memory(values: Any) -> Any:
-    if isinstance(values, StorageTensor):
+    if isinstance(values, KVTensor):
         return values.new_tokens
     if isinstance(values, dict):
         return {name: _in_memory(value) for name, value in values.items()}

@@ -74,34 +74,19 @@ class Pair:
 
 
 class StorageTensor(torch.Tensor):
-    """Stored K or V of one layer as a tensor: ``[batch, num_kv_heads, kv_len, head_dim]``, and lazy views of it.
+    """A tensor whose elements are on a drive: shape, dtype, device and where they are; no data.
 
-    ``scaled_dot_product_attention``, ``matmul`` against it, slicing, ``expand``, ``reshape``, ``transpose`` and
-    ``torch.cat`` with new tokens (an append) go to the executor or stay lazy; every other op raises
-    ``NotImplementedError``. Only :meth:`to_dense` brings the elements into memory.
-
-    It is a snapshot: tokens appended later are not in it, and once its tokens are reordered or truncated any use raises
-    :class:`StaleTensorError` (:class:`StoreClosedError` once they are freed, or the store is closed). Results are not
-    differentiable.
+    :class:`KVTensor` (stored K or V) and :class:`torch_csd.weights.FileTensor` (a range of a file). Ops on it go to the
+    executor or stay lazy; any that can do neither raises ``NotImplementedError``. Only :meth:`to_dense` brings the
+    elements into memory. Results are not differentiable.
     """
 
-    _view: View
-    _pair: Pair
-    # The tokens themselves where they are still in memory because they were just computed: all of this tensor or None.
-    new_tokens: Tensor | None
+    def to_dense(self) -> Tensor:
+        """All elements, read into memory: an ordinary tensor of this shape, dtype and device."""
+        raise NotImplementedError
 
-    @staticmethod
-    def __new__(cls, view: View, pair: Pair, *, new_tokens: Tensor | None = None) -> StorageTensor:
-        # Never an inference tensor: torch makes no views of the one kind in the mode of the other.
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return StorageTensor(view, pair, new_tokens=new_tokens)
-        # Contiguous strides, whatever the view: there is no memory for them to describe, and reshape stays a view.
-        tensor = torch.Tensor._make_wrapper_subclass(cls, view.shape(), dtype=pair.dtype, device=pair.device)
-        tensor._view = view
-        tensor._pair = pair
-        tensor.new_tokens = new_tokens
-        return tensor
+    def __reduce_ex__(self, protocol: int) -> tuple[object, ...]:
+        raise TypeError("a StorageTensor cannot be pickled: its elements are on a drive; use .to_dense() first")
 
     @staticmethod
     def pair(
@@ -116,7 +101,7 @@ class StorageTensor(torch.Tensor):
         new_k: Tensor | None = None,
         new_v: Tensor | None = None,
         exact: bool = False,
-    ) -> tuple[StorageTensor, StorageTensor]:
+    ) -> tuple[KVTensor, KVTensor]:
         """K and V of a layer: ``[batch, num_kv_heads, kv_end - kv_begin, head_dim_k]`` and ``[..., head_dim_v]``.
 
         Args:
@@ -154,14 +139,44 @@ class StorageTensor(torch.Tensor):
         elif isinstance(device, str):
             device = torch.device(device)
         pair = Pair(stored.at(epoch), dtype or stored.dtype, device, None if exact else store.sparse)
-        return StorageTensor(k_view, pair, new_tokens=new_k), StorageTensor(v_view, pair, new_tokens=new_v)
+        return KVTensor(k_view, pair, new_tokens=new_k), KVTensor(v_view, pair, new_tokens=new_v)
 
-    def with_view(self, view: View) -> StorageTensor:
+
+class KVTensor(StorageTensor):
+    """Stored K or V of one layer as a tensor: ``[batch, num_kv_heads, kv_len, head_dim]``, and lazy views of it.
+
+    ``scaled_dot_product_attention``, ``matmul`` against it, slicing, ``expand``, ``reshape``, ``transpose`` and
+    ``torch.cat`` with new tokens (an append) go to the executor or stay lazy; every other op raises
+    ``NotImplementedError``. Only :meth:`to_dense` brings the elements into memory.
+
+    It is a snapshot: tokens appended later are not in it, and once its tokens are reordered or truncated any use raises
+    :class:`StaleTensorError` (:class:`StoreClosedError` once they are freed, or the store is closed). Results are not
+    differentiable.
+    """
+
+    _view: View
+    _pair: Pair
+    # The tokens themselves where they are still in memory because they were just computed: all of this tensor or None.
+    new_tokens: Tensor | None
+
+    @staticmethod
+    def __new__(cls, view: View, pair: Pair, *, new_tokens: Tensor | None = None) -> KVTensor:
+        # Never an inference tensor: torch makes no views of the one kind in the mode of the other.
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return KVTensor(view, pair, new_tokens=new_tokens)
+        # Contiguous strides, whatever the view: there is no memory for them to describe, and reshape stays a view.
+        tensor = torch.Tensor._make_wrapper_subclass(cls, view.shape(), dtype=pair.dtype, device=pair.device)
+        tensor._view = view
+        tensor._pair = pair
+        tensor.new_tokens = new_tokens
+        return tensor
+
+    def with_view(self, view: View) -> KVTensor:
         """The same layer, seen through another view."""
-        return StorageTensor(view, self._pair)
+        return KVTensor(view, self._pair)
 
     def to_dense(self) -> Tensor:
-        """All elements, read into memory: an ordinary tensor of this shape, dtype and device."""
         if self.new_tokens is not None:
             return self.new_tokens
         view = self._view
@@ -196,9 +211,6 @@ class StorageTensor(torch.Tensor):
             f"StorageTensor({part}, shape={list(view.shape())}, {tokens}, dtype={self.dtype}, device='{self.device}')"
         )
 
-    def __reduce_ex__(self, protocol: int) -> tuple[object, ...]:
-        raise TypeError("a StorageTensor cannot be pickled: its elements are on a drive; use .to_dense() first")
-
     # ---- what torch asks of a subclass -------------------------------------------------------------------------
 
     @classmethod
@@ -230,7 +242,7 @@ class StorageTensor(torch.Tensor):
         view, loose, dtype, device, sparse = context
         names = {"row_count": ROW, "kv_count": TOKEN}
         sizes = {field: outer_size[view.axes.index((names[field],))] for field in loose}
-        return StorageTensor(view.replace(**sizes), Pair(inner_tensors["_handle"], dtype, device, sparse))
+        return KVTensor(view.replace(**sizes), Pair(inner_tensors["_handle"], dtype, device, sparse))
 
 
 from torch_csd import dispatch  # noqa: E402  the table needs the class above

@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from transformers.utils.import_utils import is_tracing
 
 from torch_csd.dispatch import attention
-from torch_csd.tensor import StorageTensor
+from torch_csd.tensor import KVTensor
 
 
 def register() -> None:
@@ -156,7 +156,7 @@ def csd_attention(
         selected = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = _both(mask, selected.scatter_(-1, indices.long(), True)[:, None])
 
-    stored = isinstance(key, StorageTensor)
+    stored = isinstance(key, KVTensor)
     plain = softcap is None and sinks is None
     if stored and plain and key.new_tokens is not None:
         # Nothing is older than these queries: the stock path on what is still in memory, bit for bit.

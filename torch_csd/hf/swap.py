@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from torch_csd.dispatch import attention
 from torch_csd.hf.cache import StorageCache
-from torch_csd.tensor import StorageTensor
+from torch_csd.tensor import KVTensor
 
 
 def swap_attention(module: torch.nn.Module, cache: StorageCache | None = None) -> torch.nn.Module:
@@ -158,7 +158,7 @@ class _CachedCalls(TorchFunctionMode):
     ) -> torch.Tensor:
         q_len, new_tokens = query.shape[-2], key.shape[-2]
         dense = F.scaled_dot_product_attention
-        if isinstance(key, StorageTensor) or q_len != new_tokens:
+        if isinstance(key, KVTensor) or q_len != new_tokens:
             return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if dropout_p > 0:
             raise ValueError(
