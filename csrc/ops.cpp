@@ -24,6 +24,7 @@
 
 #include "base/error.h"
 #include "executor/drive.h"
+#include "executor/file_reader.h"
 #include "module.h"
 
 namespace csd::ops {
@@ -55,6 +56,11 @@ std::map<int64_t, OpenQueue>& queue_registry() {
   return *queues;
 }
 
+std::map<int64_t, std::shared_ptr<FileReader>>& reader_registry() {
+  static auto* readers = new std::map<int64_t, std::shared_ptr<FileReader>>();
+  return *readers;
+}
+
 std::string text(int64_t value) { return std::to_string(value); }
 
 [[noreturn]] void fail(const std::string& message) { throw Error(ErrorKind::kValue, message); }
@@ -81,8 +87,9 @@ Handle open_handle(const Tensor& handle) {
 }
 
 // At the end of every op that moves bytes.
-void warn_about(Drive* drive) {
-  const std::string warning = drive->take_warning();
+template <typename DriveOrReader>
+void warn_about(DriveOrReader* source) {
+  const std::string warning = source->take_warning();
   if (!warning.empty()) warn_in_python(warning);
 }
 
@@ -881,6 +888,112 @@ void io_close(const Tensor& queue) {
   closing->close();
 }
 
+// ---- files that are not ours ----
+
+// Null: closed.
+std::shared_ptr<FileReader> look_for_reader(const Tensor& reader) {
+  const int64_t number = handle_values(reader)[0];
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = reader_registry().find(number);
+  return found == reader_registry().end() ? nullptr : found->second;
+}
+
+std::shared_ptr<FileReader> find_reader(const Tensor& reader) {
+  std::shared_ptr<FileReader> found = look_for_reader(reader);
+  if (found == nullptr) throw Error(ErrorKind::kClosed, "this reader of files is closed; open a new one");
+  return found;
+}
+
+// reader: {its number, -1, -1}, the caller's as other handles are. staging: kept until the reader is closed.
+void reader_open(const Tensor& reader, std::string io_engine, int64_t queue_depth,
+                 std::optional<Tensor> staging) {
+  FileReaderOptions options;
+  options.io_engine = std::move(io_engine);
+  options.queue_depth = queue_depth;
+  if (staging.has_value()) {
+    check_bytes(*staging, "staging");
+    options.staging = {staging->mutable_data_ptr(), static_cast<size_t>(staging->numel())};
+    options.staging_owner = std::make_shared<Tensor>(*staging);
+  }
+  // Closed on every way out but the last.
+  std::shared_ptr<FileReader> replaced;
+  auto opened = std::make_shared<FileReader>(std::move(options));
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  std::shared_ptr<FileReader>& entry = reader_registry()[handle_values(reader)[0]];
+  replaced = std::move(entry);
+  entry = std::move(opened);
+}
+
+// number, size in bytes, mtime in ns, whether by direct I/O, device, inode
+Tensor reader_add_file(const Tensor& reader, std::string path) {
+  const InputFile file = find_reader(reader)->add_file(path);
+  Tensor result = new_tensor({6}, ScalarType::Long);
+  auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
+  for (const int64_t value : {file.number, file.size_bytes, file.mtime_ns, int64_t{file.direct_io},
+                              static_cast<int64_t>(file.device), static_cast<int64_t>(file.inode)})
+    *values++ = value;
+  return result;
+}
+
+int64_t reader_read(const Tensor& reader, std::vector<int64_t> files, std::vector<int64_t> offsets,
+                    std::vector<int64_t> byte_counts, const Tensor& memory,
+                    std::vector<int64_t> memory_offsets, bool background) {
+  const std::shared_ptr<FileReader> source = find_reader(reader);
+  if (offsets.size() != files.size() || byte_counts.size() != files.size() ||
+      memory_offsets.size() != files.size()) {
+    fail("offsets, byte_counts and memory_offsets must have one entry for each of " +
+         text(static_cast<int64_t>(files.size())) + " files");
+  }
+  check_bytes(memory, "memory");
+  auto* data = static_cast<char*>(memory.mutable_data_ptr());
+  std::vector<FileRange> ranges(files.size());
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    FileRange& range = ranges[i];
+    range.file = files[i];
+    range.offset = offsets[i];
+    range.byte_count = byte_counts[i];
+    // The reader says what is wrong with those that are not in their file, before it uses their memory.
+    constexpr int64_t kFileBytesMax = int64_t{1} << 60;
+    const bool sane = range.offset >= 0 && range.offset < kFileBytesMax && range.byte_count >= 0 &&
+                      range.byte_count < kFileBytesMax;
+    const int64_t bytes = sane ? range.covering_bytes() : 0;
+    const int64_t at = memory_offsets[i];
+    if (at < 0 || bytes > memory.numel() - at) {
+      fail("the blocks that cover a range must lie in memory's " + text(memory.numel()) + " bytes, got " +
+           text(bytes) + " bytes from " + text(at) + " on");
+    }
+    range.memory = data + at;
+  }
+  const int64_t ticket = source->read(ranges, background, std::make_shared<Tensor>(memory));
+  warn_about(source.get());
+  return ticket;
+}
+
+void reader_wait(const Tensor& reader, int64_t ticket) {
+  const std::shared_ptr<FileReader> source = find_reader(reader);
+  source->wait(ticket);
+  warn_about(source.get());
+}
+
+bool reader_is_done(const Tensor& reader, int64_t ticket) { return find_reader(reader)->is_done(ticket); }
+
+void reader_drop(const Tensor& reader, int64_t ticket) {
+  const std::shared_ptr<FileReader> source = look_for_reader(reader);
+  if (source != nullptr) source->drop(ticket);
+}
+
+void reader_close(const Tensor& reader) {
+  std::shared_ptr<FileReader> closing;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    const auto found = reader_registry().find(handle_values(reader)[0]);
+    if (found == reader_registry().end()) return;
+    closing = std::move(found->second);
+    reader_registry().erase(found);
+  }
+  closing->close();
+}
+
 // ---- reporting ----
 
 // Text travels as its UTF-8 bytes in a uint8 tensor: ops that return str cannot be traced.
@@ -894,6 +1007,13 @@ Tensor stats(const Tensor& drive) {
   const Handle source = open_handle(drive);
   const std::string json = source.drive->stats_json();
   warn_about(source.drive.get());
+  return text_tensor(json);
+}
+
+Tensor reader_stats(const Tensor& reader) {
+  const std::shared_ptr<FileReader> source = find_reader(reader);
+  const std::string json = source->stats_json();
+  warn_about(source.get());
   return text_tensor(json);
 }
 
@@ -994,6 +1114,17 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "int tag) -> ()");
   m.def("io_reap(Tensor(a!) queue, bool wait) -> Tensor");
   m.def("io_close(Tensor(a!) queue) -> ()");
+  m.def("reader_open(Tensor(a!) reader, str io_engine, int queue_depth, Tensor(b!)? staging) -> ()");
+  m.def("reader_add_file(Tensor(a!) reader, str path) -> Tensor");
+  m.def(
+      "reader_read(Tensor(a!) reader, int[] files, int[] offsets, int[] byte_counts, Tensor(b!) memory, "
+      "int[] "
+      "memory_offsets, bool background) -> int");
+  m.def("reader_wait(Tensor(a!) reader, int ticket) -> ()");
+  m.def("reader_is_done(Tensor reader, int ticket) -> bool");
+  m.def("reader_drop(Tensor(a!) reader, int ticket) -> ()");
+  m.def("reader_close(Tensor(a!) reader) -> ()");
+  m.def("reader_stats(Tensor reader) -> Tensor");
   m.def("file_path(Tensor drive) -> Tensor");
   m.def("stats(Tensor drive) -> Tensor");
   m.def("probe(str directory, str io_engine) -> Tensor");
@@ -1045,6 +1176,14 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("io_submit", TORCH_BOX(&csd::ops::io_submit));
   m.impl("io_reap", TORCH_BOX(&csd::ops::io_reap));
   m.impl("io_close", TORCH_BOX(&csd::ops::io_close));
+  m.impl("reader_open", TORCH_BOX(&csd::ops::reader_open));
+  m.impl("reader_add_file", TORCH_BOX(&csd::ops::reader_add_file));
+  m.impl("reader_read", TORCH_BOX(&csd::ops::reader_read));
+  m.impl("reader_wait", TORCH_BOX(&csd::ops::reader_wait));
+  m.impl("reader_is_done", TORCH_BOX(&csd::ops::reader_is_done));
+  m.impl("reader_drop", TORCH_BOX(&csd::ops::reader_drop));
+  m.impl("reader_close", TORCH_BOX(&csd::ops::reader_close));
+  m.impl("reader_stats", TORCH_BOX(&csd::ops::reader_stats));
   m.impl("file_path", TORCH_BOX(&csd::ops::file_path));
   m.impl("stats", TORCH_BOX(&csd::ops::stats));
 }

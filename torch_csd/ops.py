@@ -118,6 +118,7 @@ def settle(handle: Tensor) -> None:
 _drive_numbers = itertools.count()
 _layer_numbers = itertools.count()
 _queue_numbers = itertools.count()
+_reader_numbers = itertools.count()
 
 
 def open_drive(
@@ -629,6 +630,110 @@ def io_close(queue: Tensor) -> None:
 def file_path(drive: Tensor) -> str:
     """By which another opener of this process reaches the drive's file, which may have no name."""
     return _text(_call(_ops.file_path, drive))
+
+
+# ---- files that are not ours ---------------------------------------------------------------------------------------
+
+
+class InputFile(NamedTuple):
+    """A file that a reader has opened, as it was then."""
+
+    number: int  # by which the reader knows it
+    size_bytes: int
+    mtime_ns: int
+    direct_io: bool
+    device: int  # st_dev and st_ino: the same for two paths to one file
+    inode: int
+
+
+def reader_open(*, io_engine: str = "auto", queue_depth: int = 32, staging: Tensor | None = None) -> Tensor:
+    """A reader of files that others wrote, into memory that the caller owns, in the background. It never writes.
+
+    It ends with :func:`reader_close`. Thread-safe; what waits does not keep other Python threads from running. Each
+    function of it raises StoreClosedError when it is closed, and in a forked child.
+
+    Args:
+        io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
+        queue_depth: Requests of at most 1 MiB that are in flight at once.
+        staging: Memory that is mostly read to (uint8, CPU, contiguous): registered with io_uring where that is possible,
+            and kept until the reader is closed.
+    """
+    reader = torch.tensor([next(_reader_numbers), -1, -1])
+    if staging is not None and not staging.is_cpu:
+        raise ValueError(f"staging must be in host memory, got a tensor on {staging.device}")
+    _call(_ops.reader_open, reader, io_engine, queue_depth, staging)
+    return reader
+
+
+def reader_add_file(reader: Tensor, path: str) -> InputFile:
+    """Opens a regular file, through symbolic links if need be. It stays this file when another takes its name.
+
+    Raises:
+        StoreError: it is not there, no regular file or may not be read, or the I/O engine does not work on it.
+    """
+    number, size_bytes, mtime_ns, direct_io, device, inode = _call(_ops.reader_add_file, reader, path).tolist()
+    return InputFile(number, size_bytes, mtime_ns, direct_io == 1, device, inode)
+
+
+def reader_read(
+    reader: Tensor,
+    *,
+    files: Sequence[int],
+    offsets: Sequence[int],
+    byte_counts: Sequence[int],
+    memory: Tensor,
+    memory_offsets: Sequence[int],
+    background: bool = False,
+) -> int:
+    """Begins to read ranges of files, one for each entry, and returns the number of a ticket at once.
+
+    The 4096-byte blocks that cover a range come to ``memory`` (uint8, CPU, contiguous, kept until then) from
+    ``memory_offsets[i]`` on, an address that is a multiple of 4096: the first byte asked for to ``memory_offsets[i] +
+    offsets[i] % 4096``. The room behind the end of a file, up to a multiple of 4096, may or may not be written to.
+
+    Tickets are read in the order asked for; those in the ``background`` while no other has anything left to begin.
+
+    Raises:
+        ValueError: a range is not in its file, or its blocks not in the memory, or not aligned. Nothing is read then.
+    """
+    if not memory.is_cpu:
+        raise ValueError(f"memory must be in host memory, got a tensor on {memory.device}")
+    return _call(_ops.reader_read, reader, files, offsets, byte_counts, memory, memory_offsets, background)
+
+
+def reader_wait(reader: Tensor, ticket: int) -> None:
+    """Returns when all of the ticket is there, which is then in the foreground; forgets it.
+
+    Raises:
+        StoreError: something could not be read (EIO was tried twice), or one of its files has changed since it was added.
+        ValueError: there is no such ticket (any more).
+    """
+    _call(_ops.reader_wait, reader, ticket)
+
+
+def reader_is_done(reader: Tensor, ticket: int) -> bool:
+    """Whether :func:`reader_wait` would return, or raise, at once."""
+    return _call(_ops.reader_is_done, reader, ticket)
+
+
+def reader_drop(reader: Tensor, ticket: int) -> None:
+    """Forgets the ticket. What has not begun is never read, what has is waited for: no memory is touched afterwards.
+
+    Does nothing for a ticket that is not there, or a reader that is closed.
+    """
+    _call(_ops.reader_drop, reader, ticket)
+
+
+def reader_close(reader: Tensor) -> None:
+    """Waits for what is in flight; whoever waits for what has not begun gets StoreClosedError. Idempotent."""
+    _call(_ops.reader_close, reader)
+
+
+def reader_stats(reader: Tensor) -> dict[str, int | float | str]:
+    """``io_engine`` and why (``io_reason``), ``file_count`` and ``direct_file_count``, ``bytes_read`` of whole tickets
+    as they were asked for, ``bytes_moved`` and ``request_count`` with their blocks, ``wait_s`` that callers were blocked
+    in :func:`reader_wait`, ``busy_s`` with something in flight."""
+    return json.loads(_text(_call(_ops.reader_stats, reader)))
 
 
 # ---- reporting --------------------------------------------------------------------------------------------------

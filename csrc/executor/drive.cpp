@@ -13,6 +13,7 @@
 
 #include "base/checksum.h"
 #include "base/error.h"
+#include "base/json.h"
 #include "executor/faults.h"
 #include "store/format.h"
 
@@ -1029,26 +1030,8 @@ std::string Drive::stats_json() {
     }
   }
   const StreamCounters& counters = stream_->counters();
-  const auto number = [](const char* name, int64_t value) {
-    return std::string("\"") + name + "\": " + std::to_string(value) + ", ";
-  };
-  const auto quoted = [](const char* name, const std::string& value) {
-    std::string escaped;
-    for (const char c : value) {
-      if (c == '"' || c == '\\') escaped.push_back('\\');
-      escaped.push_back(static_cast<unsigned char>(c) < 0x20 ? ' ' : c);
-    }
-    return std::string("\"") + name + "\": \"" + escaped + "\", ";
-  };
-  const auto fraction = [](const char* name, double value) {
-    char digits[32];
-    std::snprintf(digits, sizeof(digits), "%.9g", value);
-    return std::string("\"") + name + "\": " + digits + ", ";
-  };
-  const auto seconds = [](const char* name, int64_t nanoseconds) {
-    return std::string("\"") + name + "\": " + std::to_string(static_cast<double>(nanoseconds) * 1e-9) + ", ";
-  };
-  std::string json = "{";
+  using namespace json;
+  std::string json;
   json += quoted("directory", options_.directory);
   const char* fallback = engine_->fallback_reason();
   json += quoted("io_engine", engine_->name());
@@ -1089,8 +1072,7 @@ std::string Drive::stats_json() {
   json += number("pages_on_drive", pages_on_drive);
   json += number("pages_resident", pages_resident);
   json += number("stored_bytes", stored_bytes);
-  json.resize(json.size() - 2);
-  return json + "}";
+  return object(std::move(json));
 }
 
 }  // namespace csd

@@ -1,4 +1,4 @@
-// Moves bytes between one file and buffers. Knows nothing of attention.
+// Moves bytes between files and buffers. Knows nothing of attention.
 //
 // An engine makes queues; a queue is used by one thread at a time. Requests are submitted, run
 // asynchronously, and are reaped in any order. Short transfers, EINTR and EAGAIN are resumed inside the
@@ -27,12 +27,15 @@ struct IoRequest {
   int segment_count = 0;
   uint64_t tag = 0;         // comes back in the completion
   bool background = false;  // nobody waits for it yet: others may overtake it
+  int fd = -1;              // of another file than the queue's own; open until the completion is reaped
+  // A read is whole once so many bytes have come: the last block of a file is only partly there. 0: all.
+  int64_t least_bytes = 0;
 };
 
 struct IoCompletion {
   uint64_t tag = 0;
   int error = 0;  // 0, or an errno value. A read past the end of the file is EIO ("end of file" in the text
-                  // we raise).
+                  // we raise), but see IoRequest::least_bytes.
 };
 
 class IoQueue {
@@ -58,8 +61,8 @@ class IoEngine {
   // Any thread may ask, at the cost of reading an integer.
   virtual const char* fallback_reason() const { return nullptr; }
   // buffers: memory the queue's requests will mostly use, registered with the kernel where that is possible
-  // (a failure to register is not an error; requests outside of it work too). Throws kStore when a queue
-  // cannot be made.
+  // (a failure to register is not an error; requests outside of it work too). fd -1: the queue has no file of
+  // its own, and every request names one. Throws kStore when a queue cannot be made.
   virtual std::unique_ptr<IoQueue> make_queue(int fd, int depth, const std::vector<iovec>& buffers) = 0;
 };
 
@@ -91,6 +94,14 @@ struct OpenedFile {
 // explicit engine that does not work is an error. Throws kStore for a directory that is missing, not a
 // directory, not writable or full.
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine);
+
+// Opens a file that is somebody else's, to be read only: nothing is written to it, and no lock is taken. Any
+// regular file that can be read will do, symbolic links to one included; everything else is kStore. Engine
+// and mode are found by reading its first block, or as much of one as there is.
+OpenedFile open_input_file(const std::string& path, const std::string& io_engine);
+
+// Throws kValue for anything but "auto", "io_uring" and "pread".
+void check_io_engine(const std::string& io_engine);
 
 enum class DurableMode : uint8_t {
   kCreate,    // makes the file, mode 0600; it must not exist

@@ -208,12 +208,14 @@ int64_t direct_alignment_bytes(int fd) {
   return std::max(aligns[0], aligns[1]);
 }
 
-int move_block(IoQueue* queue, IoOp op, char* block) {
+// least_bytes: as in IoRequest.
+int move_block(IoQueue* queue, IoOp op, char* block, int64_t least_bytes = 0) {
   const iovec segment{block, static_cast<size_t>(kBlockBytes)};
   IoRequest request;
   request.op = op;
   request.segments = &segment;
   request.segment_count = 1;
+  request.least_bytes = least_bytes;
   std::vector<IoCompletion> completions;
   queue->submit(request);
   queue->reap(true, &completions);
@@ -224,7 +226,7 @@ int move_block(IoQueue* queue, IoOp op, char* block) {
 // returns "" or what went wrong.
 struct Trial {
   int fd;
-  const char* done;
+  std::string done;
   std::function<std::string(IoEngine* engine)> run;
 };
 
@@ -259,25 +261,33 @@ Trial write_trial(int fd, const std::string& directory) {
           }};
 }
 
-// Reads the block at offset 0, which must be the one that a plain read brings.
-Trial read_trial(int fd, const std::string& path) {
-  const auto plain = std::make_shared<BlockBuffer>(make_block());
+// What a plain read brings of the block at offset 0.
+struct FirstBlock {
+  std::shared_ptr<BlockBuffer> block;
+  int64_t bytes = 0;  // fewer than a block where the file is shorter
+};
+
+FirstBlock read_first_block(int fd, const std::string& path) {
+  FirstBlock plain{std::make_shared<BlockBuffer>(make_block())};
   ssize_t bytes;
   do {
-    bytes = pread(fd, plain->get(), static_cast<size_t>(kBlockBytes), 0);
+    bytes = pread(fd, plain.block->get(), static_cast<size_t>(kBlockBytes), 0);
   } while (bytes < 0 && errno == EINTR);
   if (bytes < 0) throw io_error(path, "reading the first 4096 bytes failed", errno);
-  if (bytes < kBlockBytes) {
-    throw Error(ErrorKind::kCorrupt, path + ": wanted a header of 4096 bytes, the file ends at byte " +
-                                         std::to_string(bytes) + "; it is no store's, or was cut off");
-  }
-  return {fd, "read 4096 bytes", [fd, plain](IoEngine* engine) -> std::string {
+  plain.bytes = bytes;
+  return plain;
+}
+
+// Reads the block at offset 0, which must be that one. A file without a byte is found to end there.
+Trial read_trial(int fd, const FirstBlock& plain) {
+  return {fd, "read " + std::to_string(plain.bytes) + " bytes", [fd, plain](IoEngine* engine) -> std::string {
             const BlockBuffer block = make_block();
             std::memset(block.get(), 0, kBlockBytes);
             const std::unique_ptr<IoQueue> queue = engine->make_queue(fd, 1, as_buffers(block));
-            const int error = move_block(queue.get(), IoOp::kRead, block.get());
-            if (error != 0) return std::string("read failed: ") + std::strerror(error);
-            if (std::memcmp(block.get(), plain->get(), kBlockBytes) != 0)
+            const int error = move_block(queue.get(), IoOp::kRead, block.get(), plain.bytes);
+            const bool ended = plain.bytes == 0 && error == EIO;
+            if (error != 0 && !ended) return std::string("read failed: ") + std::strerror(error);
+            if (std::memcmp(block.get(), plain.block->get(), static_cast<size_t>(plain.bytes)) != 0)
               return "read other bytes than a plain read";
             return "";
           }};
@@ -350,13 +360,6 @@ OpenedFile choose_way(const Trial& trial, const std::string& directory, const st
                 directory + ": wanted to move one block to or from a file here" + failures + advice);
   }
   return chosen;
-}
-
-void check_engine_name(const std::string& io_engine) {
-  if (io_engine != "auto" && io_engine != "io_uring" && io_engine != "pread") {
-    throw Error(ErrorKind::kValue,
-                "io_engine must be \"auto\", \"io_uring\" or \"pread\", got \"" + io_engine + "\"");
-  }
 }
 
 // ---- files that outlive the process ----
@@ -448,6 +451,38 @@ int open_private(const std::string& path, DurableMode mode) {
   return fd.release();
 }
 
+// ---- files of others ----
+
+Error input_error(const std::string& path, int errno_value) {
+  std::string advice;
+  if (errno_value == ENOENT) advice = "; name a file that is there";
+  if (errno_value == ELOOP) advice = "; name a file, not a ring of symbolic links";
+  if (errno_value == EACCES || errno_value == EPERM) {
+    advice = "; let user " + std::to_string(geteuid()) + " read it";
+  }
+  return Error(ErrorKind::kStore,
+               path + ": opening the file to read: " + std::strerror(errno_value) + advice);
+}
+
+void check_input(const std::string& path, const struct stat& info) {
+  if (S_ISREG(info.st_mode)) return;
+  throw Error(ErrorKind::kStore,
+              path + ": wanted a regular file, this is " + kind_name(info.st_mode) + "; name a file");
+}
+
+int open_input(const std::string& path) {
+  struct stat info;
+  // Looked at before and after, as in open_private().
+  if (stat(path.c_str(), &info) != 0) throw input_error(path, errno);
+  check_input(path, info);
+  UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  if (fd.get() < 0) throw input_error(path, errno);
+  if (fstat(fd.get(), &info) != 0) throw io_error(path, "looking at the file", errno);
+  check_input(path, info);
+  if (fcntl(fd.get(), F_SETFL, 0) != 0) throw io_error(path, "clearing O_NONBLOCK", errno);
+  return fd.release();
+}
+
 OpenedFile choose_beside(const std::string& directory, const std::string& io_engine) {
   UniqueFd scratch(open_nameless(directory));
   Trial trial = write_trial(scratch.get(), directory);
@@ -466,6 +501,13 @@ void lock_written(int fd, const std::string& path) {
 
 }  // namespace
 
+void check_io_engine(const std::string& io_engine) {
+  if (io_engine != "auto" && io_engine != "io_uring" && io_engine != "pread") {
+    throw Error(ErrorKind::kValue,
+                "io_engine must be \"auto\", \"io_uring\" or \"pread\", got \"" + io_engine + "\"");
+  }
+}
+
 void close_file(int fd) {
   // Closing is not enough where a child that is about to exec has a copy.
   if (forget_descriptor(fd)) flock(fd, LOCK_UN);
@@ -473,7 +515,7 @@ void close_file(int fd) {
 }
 
 OpenedFile open_scratch_file(const std::string& directory, const std::string& io_engine) {
-  check_engine_name(io_engine);
+  check_io_engine(io_engine);
   check_directory(directory);
   UniqueFd fd(open_nameless(directory));
   OpenedFile file = choose_way(write_trial(fd.get(), directory), directory, io_engine, nullptr);
@@ -482,7 +524,7 @@ OpenedFile open_scratch_file(const std::string& directory, const std::string& io
 }
 
 OpenedFile open_durable_file(const std::string& path, const std::string& io_engine, DurableMode mode) {
-  check_engine_name(io_engine);
+  check_io_engine(io_engine);
   const std::string directory = parent_directory(path);
   check_directory(directory);
   OpenedFile file;
@@ -502,10 +544,31 @@ OpenedFile open_durable_file(const std::string& path, const std::string& io_engi
       if (refused.kind() != ErrorKind::kNoSpace) throw;
     }
   }
-  if (!known) file = choose_way(read_trial(fd.get(), path), directory, io_engine, nullptr);
+  if (!known) {
+    const FirstBlock header = read_first_block(fd.get(), path);
+    if (header.bytes < kBlockBytes) {
+      throw Error(ErrorKind::kCorrupt, path + ": wanted a header of 4096 bytes, the file ends at byte " +
+                                           std::to_string(header.bytes) +
+                                           "; it is no store's, or was cut off");
+    }
+    file = choose_way(read_trial(fd.get(), header), directory, io_engine, nullptr);
+  }
   const int error = set_direct(fd.get(), file.direct_io);
   if (error != 0) throw io_error(path, "setting O_DIRECT, which a file beside it takes, failed", error);
   if (mode != DurableMode::kReadOnly) lock_written(fd.get(), path);
+  file.fd = fd.release();
+  file.path = path;
+  return file;
+}
+
+OpenedFile open_input_file(const std::string& path, const std::string& io_engine) {
+  check_io_engine(io_engine);
+  UniqueFd fd(open_input(path));
+  OpenedFile file =
+      choose_way(read_trial(fd.get(), read_first_block(fd.get(), path)), path, io_engine, nullptr);
+  const int error = set_direct(fd.get(), file.direct_io);
+  if (error != 0) throw io_error(path, "setting O_DIRECT, which it took before, failed", error);
+  keep_from_children(fd.get());
   file.fd = fd.release();
   file.path = path;
   return file;
@@ -529,7 +592,7 @@ void sync_directory(const std::string& path) {
 }
 
 ProbeResult probe_directory(const std::string& directory, const std::string& io_engine) {
-  check_engine_name(io_engine);
+  check_io_engine(io_engine);
   check_directory(directory);
   UniqueFd fd(open_nameless(directory));
   ProbeResult result;

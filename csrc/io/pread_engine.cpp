@@ -128,8 +128,9 @@ class PreadQueue : public IoQueue {
   void submit(const IoRequest& request) override {
     CSD_CHECK(!free_.empty(), "I/O queue: more than depth() requests in flight");
     Transfer* transfer = free_.back();
-    transfer->start(request, alignment_bytes_);
-    pool_->add(fd_, transfer, &outbox_, request.background);
+    const bool own = request.fd < 0;
+    transfer->start(request, own ? alignment_bytes_ : resume_alignment_bytes(request.fd));
+    pool_->add(own ? fd_ : request.fd, transfer, &outbox_, request.background);
     free_.pop_back();
   }
 

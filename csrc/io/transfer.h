@@ -32,12 +32,15 @@ class Transfer {
     op_ = request.op;
     tag_ = request.tag;
     background_ = request.background;
+    fd_ = request.fd;
     file_offset_ = request.file_offset;
     alignment_bytes_ = alignment_bytes;
     segments_.assign(request.segments, request.segments + request.segment_count);
     first_segment_ = 0;
     remaining_bytes_ = 0;
     for (const iovec& segment : segments_) remaining_bytes_ += static_cast<int64_t>(segment.iov_len);
+    least_bytes_ =
+        request.least_bytes > 0 ? std::min(request.least_bytes, remaining_bytes_) : remaining_bytes_;
     unaligned_bytes_ = 0;
     retry_count_ = 0;
     error_ = 0;
@@ -46,6 +49,7 @@ class Transfer {
   IoOp op() const { return op_; }
   uint64_t tag() const { return tag_; }
   int error() const { return error_; }
+  int fd() const { return fd_; }  // -1: the queue's own
   int64_t file_offset() const { return file_offset_; }
   const iovec* segments() const { return segments_.data() + first_segment_; }
   // The kernel takes IOV_MAX segments at once; the others follow as after a short transfer.
@@ -62,6 +66,8 @@ class Transfer {
     request.segment_count = static_cast<int>(segments_.size() - first_segment_);
     request.tag = tag_;
     request.background = background_;
+    request.fd = fd_;
+    request.least_bytes = least_bytes_;
     return request;
   }
 
@@ -76,7 +82,7 @@ class Transfer {
       error_ = errno_value;
       return Step::kFinished;
     }
-    if (result >= remaining_bytes_) return Step::kFinished;
+    if (result >= least_bytes_) return Step::kFinished;
     // The bytes beyond the last boundary were moved before and nothing came after them: a file that ends
     // inside a block answers the same however often it is asked.
     if (result <= unaligned_bytes_) {
@@ -103,6 +109,7 @@ class Transfer {
   void drop_front(int64_t bytes) {
     file_offset_ += bytes;
     remaining_bytes_ -= bytes;
+    least_bytes_ -= bytes;
     while (bytes > 0) {
       iovec& segment = segments_[first_segment_];
       const int64_t step = std::min<int64_t>(bytes, static_cast<int64_t>(segment.iov_len));
@@ -117,9 +124,11 @@ class Transfer {
   uint64_t tag_ = 0;
   bool background_ = false;
   int error_ = 0;
+  int fd_ = -1;
   int64_t file_offset_ = 0;
   int64_t alignment_bytes_ = 1;
   int64_t remaining_bytes_ = 0;
+  int64_t least_bytes_ = 0;      // of those, what must still come
   int64_t unaligned_bytes_ = 0;  // moved beyond file_offset() by the last call, to be moved again
   int retry_count_ = 0;          // since something moved
   std::vector<iovec> segments_;  // a copy: the caller's are never changed

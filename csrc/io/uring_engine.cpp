@@ -129,7 +129,7 @@ class UringQueue : public IoQueue {
         transfers_(static_cast<size_t>(depth)) {
     for (int slot = depth - 1; slot >= 0; slot--) free_slots_.push_back(slot);
     open_ring(2 * depth, &ring_);  // for a request of each slot, and one that takes it back
-    file_registered_ = io_uring_register_files(&ring_, &fd_, 1) == 0;
+    file_registered_ = fd_ >= 0 && io_uring_register_files(&ring_, &fd_, 1) == 0;
     // ENOMEM where RLIMIT_MEMLOCK is small (8 MiB for ordinary users): requests then name their memory.
     if (!buffers.empty() &&
         io_uring_register_buffers(&ring_, buffers.data(), static_cast<unsigned>(buffers.size())) == 0) {
@@ -172,7 +172,8 @@ class UringQueue : public IoQueue {
       return;
     }
     const int slot = free_slots_.back();
-    transfers_[static_cast<size_t>(slot)].start(request, alignment_bytes_);
+    transfers_[static_cast<size_t>(slot)].start(
+        request, request.fd < 0 ? alignment_bytes_ : resume_alignment_bytes(request.fd));
     prepare(slot, 0);
     free_slots_.pop_back();
     push();  // if that is refused, the next reap moves it
@@ -274,7 +275,8 @@ class UringQueue : public IoQueue {
   void prepare(int slot, unsigned sqe_flags) {
     const Transfer& transfer = transfers_[slot];
     const bool reads = transfer.op() == IoOp::kRead;
-    const int fd = file_registered_ ? 0 : fd_;
+    const bool registered = file_registered_ && transfer.fd() < 0;
+    const int fd = registered ? 0 : transfer.fd() < 0 ? fd_ : transfer.fd();
     const uint64_t offset = static_cast<uint64_t>(transfer.file_offset());
     const int buffer = transfer.segment_count() == 1 ? registered_index(*transfer.segments()) : -1;
     io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
@@ -295,7 +297,7 @@ class UringQueue : public IoQueue {
         io_uring_prep_writev(sqe, fd, transfer.segments(), count, offset);
       }
     }
-    io_uring_sqe_set_flags(sqe, sqe_flags | (file_registered_ ? IOSQE_FIXED_FILE : 0));
+    io_uring_sqe_set_flags(sqe, sqe_flags | (registered ? IOSQE_FIXED_FILE : 0));
     io_uring_sqe_set_data64(sqe, static_cast<uint64_t>(slot));
   }
 
