@@ -17,6 +17,7 @@ from torch_csd import reference
 from torch_csd.dispatch import attention
 from torch_csd.durable import DamagedPage, collect_garbage, list_sequences, remove_sequence, verify
 from torch_csd.errors import (
+    CheckpointError,
     GpuUnavailableError,
     MemoryBudgetError,
     StaleTensorError,
@@ -32,13 +33,16 @@ from torch_csd.sparse import Adaptive, PageTopK, SparF
 from torch_csd.store import KVStore, PrefixMatch, probe
 from torch_csd.tensor import StorageTensor
 from torch_csd.version import __version__
+from torch_csd.weights.tensor import FileTensor, from_file, from_safetensors
 
 if TYPE_CHECKING:
-    from torch_csd.hf import StorageCache, fingerprint, guess_queries, swap_attention
+    from torch_csd.hf import StorageCache, fingerprint, guess_queries, load_checkpoint, swap_attention
 
 __all__ = [
     "Adaptive",
+    "CheckpointError",
     "DamagedPage",
+    "FileTensor",
     "GpuUnavailableError",
     "KVStore",
     "MemoryBudgetError",
@@ -56,6 +60,8 @@ __all__ = [
     "__version__",
     "attention",
     "collect_garbage",
+    "from_file",
+    "from_safetensors",
     "list_sequences",
     "probe",
     "reference",
@@ -63,10 +69,10 @@ __all__ = [
     "verify",
 ]
 
-_HF_NAMES = ("StorageCache", "fingerprint", "guess_queries", "swap_attention")
+_HF_NAMES = ("StorageCache", "fingerprint", "guess_queries", "load_checkpoint", "swap_attention")
 
 if importlib.util.find_spec("transformers") is not None:
-    __all__ += ["StorageCache", "fingerprint", "guess_queries", "swap_attention"]
+    __all__ += ["StorageCache", "fingerprint", "guess_queries", "load_checkpoint", "swap_attention"]
     register_with_transformers()
 
 

@@ -78,6 +78,19 @@ def parse_kv_dtype(kv_dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ValueError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)} or None (as the model's), got {kv_dtype!r}")
 
 
+def parse_io_engine(io_engine: str) -> str:
+    """``"auto"`` falls back to ``$TORCH_CSD_IO_ENGINE``.
+
+    Raises:
+        ValueError: if it is not auto, io_uring or pread.
+    """
+    if io_engine == "auto":
+        io_engine = os.environ.get("TORCH_CSD_IO_ENGINE") or "auto"
+    if io_engine not in IO_ENGINES:
+        raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
+    return io_engine
+
+
 def directory_path(directory: str | os.PathLike[str]) -> str:
     """The absolute path of a directory, as text that can be passed on.
 
@@ -139,10 +152,7 @@ class StoreConfig:
         """
         if directory is None:
             directory = os.environ.get("TORCH_CSD_DIRECTORY") or tempfile.gettempdir()
-        if io_engine == "auto":
-            io_engine = os.environ.get("TORCH_CSD_IO_ENGINE") or "auto"
-        if io_engine not in IO_ENGINES:
-            raise ValueError(f"io_engine must be one of {', '.join(IO_ENGINES)}, got {io_engine!r}")
+        io_engine = parse_io_engine(io_engine)
         for name, value, known in (("executor", executor, EXECUTORS), ("gpu_io", gpu_io, GPU_IO_PATHS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

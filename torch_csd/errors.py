@@ -31,6 +31,10 @@ class StoreMismatchError(StoreError, ValueError):
     """A sequence was made by another model than the one it is opened with."""
 
 
+class CheckpointError(StoreError, ValueError):
+    """A checkpoint's files are not what they should be: one is missing, cut short, or says what cannot be."""
+
+
 class GpuUnavailableError(StoreError):
     """What was asked of a GPU cannot be had: there is none, a package is missing, GPUDirect Storage is not active."""
 

@@ -1,0 +1,236 @@
+"""Loads a Hugging Face checkpoint whose weights stay in its safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from torch_csd.config import parse_bytes
+from torch_csd.errors import CheckpointError
+from torch_csd.hf.swap import swap_attention
+from torch_csd.weights.files import Header, read_header
+from torch_csd.weights.functions import SMALL_BYTES
+from torch_csd.weights.layout import Layout, Region, byte_count
+from torch_csd.weights.stream import Stream
+from torch_csd.weights.tensor import FileTensor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_checkpoint(
+    path_or_name: str | os.PathLike[str],
+    memory_budget: int | str = "4GiB",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str = "csd",
+    *,
+    io_engine: str = "auto",
+    queue_depth: int = 32,
+    auto_class: type = AutoModelForCausalLM,
+    trust_remote_code: bool = False,
+    **hub: Any,
+) -> PreTrainedModel:
+    """A model whose weights are read from the checkpoint's own files, each time they are used, into bounded memory.
+
+    Nothing is read but the files' headers, nothing is copied, and the files are opened to be read only.
+
+    Args:
+        path_or_name: a directory with config.json and safetensors files, or a name on the Hugging Face Hub.
+        memory_budget: of weights in memory: what is read ahead, and a fixed share of them that stays ("4GiB", bytes).
+        device: that the model computes on.
+        dtype: "auto": the checkpoint's; or one that weights are converted to whenever they are read.
+        attn_implementation: "csd" (torch_csd.swap_attention), or one of transformers' own.
+        io_engine: "auto", "io_uring" or "pread".
+        queue_depth: reads in flight, of 1 MiB.
+        auto_class: which of transformers' auto classes says what the model is.
+        trust_remote_code: run the model's code, where the checkpoint brings some.
+        hub: for transformers' downloads: revision, subfolder, token, cache_dir, local_files_only.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, or its header is wrong; there are no safetensors files.
+        MemoryBudgetError: ``memory_budget`` is too small. ValueError: a bad argument.
+        OSError: as transformers raises it, for a name that it does not find.
+
+    Example:
+        >>> model = torch_csd.load_checkpoint("/models/llama-70b", memory_budget="8GiB")
+        >>> model.generate(**inputs, past_key_values=torch_csd.StorageCache(model.config, "/nvme/kv"))
+    """
+    budget_bytes = parse_bytes(memory_budget)
+    path = os.fspath(path_or_name)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
+    _check_quantisation(config, path)
+    headers = [read_header(file) for file in _weight_files(path, hub)]
+    dtype = _parse_dtype(dtype, config, headers)
+    stream = Stream(budget_bytes, io_engine=io_engine, queue_depth=queue_depth)
+    try:
+        tensors = {name: tensor for header in headers for name, tensor in _tensors(header, stream)}
+        model_class = _model_class(config, path, auto_class, trust_remote_code, hub)
+        chosen = {} if attn_implementation == "csd" else {"attn_implementation": attn_implementation}
+        model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **chosen)
+    except BaseException:
+        stream.close()
+        raise
+    if not chosen:
+        swap_attention(model)
+    config._name_or_path = model.name_or_path = path
+    if model.can_generate():
+        model.generation_config = _generation_config(path, config, hub)
+    model.requires_grad_(False).eval()
+    _expect(model, stream)
+    model.weight_stream = stream
+    return model.to(device)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _weight_files(path: str, hub: dict[str, Any]) -> list[str]:
+    """The safetensors files of the checkpoint; each is there.
+
+    Raises:
+        CheckpointError: there are none, or the index names one that is missing or lacks a tensor.
+    """
+    index = _find(path, SAFE_WEIGHTS_INDEX_NAME, hub)
+    if index is None:
+        whole = _find(path, SAFE_WEIGHTS_NAME, hub)
+        if whole is not None:
+            return [whole]
+        if any(_find(path, name, hub) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+            raise CheckpointError(
+                f"{path}: has its weights in {WEIGHTS_NAME} only, which cannot be read in part; convert it once: "
+                f'AutoModelForCausalLM.from_pretrained("{path}", dtype="auto").save_pretrained(NEW_DIRECTORY) writes '
+                f"safetensors files (and needs the memory for all weights)"
+            )
+        raise CheckpointError(f"{path}: no weights: wanted {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}")
+    try:
+        with open(index, encoding="utf-8") as file:
+            places = json.load(file)["weight_map"]
+        shards = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from None
+    files = {}
+    for shard in shards:
+        if not isinstance(shard, str) or os.path.isabs(shard) or ".." in shard.split("/"):
+            raise CheckpointError(f"{index}: names a shard outside of the checkpoint: {shard!r}")
+        found = _find(path, shard, hub)
+        if found is None:
+            missing = sorted(name for name, place in places.items() if place == shard)
+            raise CheckpointError(
+                f"{path}: shard {shard} is missing, with {len(missing)} tensors ({missing[0]}, ...); copy or download "
+                f"it again"
+            )
+        files[shard] = found
+    for shard, file in files.items():
+        names = read_header(file).entries
+        for name, place in places.items():
+            if place == shard and name not in names:
+                raise CheckpointError(f"{index}: says that tensor {name!r} is in {shard}, which has no such tensor")
+    return list(files.values())
+
+
+def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
+    if os.path.isdir(path):
+        file = os.path.join(path, hub.get("subfolder", ""), name)
+        return file if os.path.isfile(file) else None
+    return cached_file(
+        path,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
+def _tensors(header: Header, stream: Stream) -> Iterator[tuple[str, FileTensor]]:
+    file = stream.open(header.path)
+    for entry in header.entries.values():
+        yield entry.name, FileTensor(Region.make(file, entry.dtype, entry.shape, entry.offset), stream)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def _check_quantisation(config: PretrainedConfig, path: str) -> None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise NotImplementedError(
+            f"{path}: its weights are quantised ({method}), and cannot be computed with from the drive as they are; "
+            f"use the checkpoint that is not quantised, with weight_dtype if need be"
+        )
+
+
+def _parse_dtype(dtype: torch.dtype | str, config: PretrainedConfig, headers: list[Header]) -> torch.dtype:
+    if dtype == "auto":
+        found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        if isinstance(found, str):
+            found = getattr(torch, found, None)
+        if found in _DTYPES.values():
+            return found
+        stored = [entry.dtype for header in headers for entry in header.entries.values()]
+        return next((each for each in stored if each in _DTYPES.values()), torch.bfloat16)
+    if isinstance(dtype, str):
+        dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype)
+    if dtype not in _DTYPES.values():
+        raise ValueError(f'dtype must be "auto", {", ".join(_DTYPES)}, got {dtype!r}')
+    return dtype
+
+
+def _model_class(
+    config: PretrainedConfig, path: str, auto_class: type, trust_remote_code: bool, hub: dict[str, Any]
+) -> type[PreTrainedModel]:
+    remote = getattr(config, "auto_map", {}) or {}
+    if trust_remote_code and auto_class.__name__ in remote:
+        return get_class_from_dynamic_module(remote[auto_class.__name__], path, **hub)
+    if type(config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"{path}: no model for a {type(config).__name__} in {auto_class.__name__}; name another auto_class of "
+            f"transformers {transformers.__version__}"
+        )
+    return _get_model_class(config, auto_class._model_mapping)
+
+
+def _generation_config(path: str, config: PretrainedConfig, hub: dict[str, Any]) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path, **hub)
+    except OSError:  # it has none of its own
+        return GenerationConfig.from_model_config(config)
+
+
+def _expect(model: PreTrainedModel, stream: Stream) -> None:
+    """Tells the stream which weights a pass uses, in the order of the modules, and how."""
+    dense: dict[tuple, Layout] = {}
+    gathered: dict[tuple, Layout] = {}
+    small_bytes = routed_bytes = 0
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if not isinstance(parameter, FileTensor):
+                continue
+            layout = parameter._layout
+            if parameter.dim() <= 1 or (byte_count(layout) <= SMALL_BYTES and not isinstance(module, nn.Linear)):
+                small_bytes += byte_count(layout)
+            elif isinstance(module, nn.Embedding):
+                gathered[layout.key] = layout
+            elif parameter.dim() == 3:
+                parameter._routed = True
+                routed_bytes += byte_count(layout)
+            else:
+                dense.setdefault(layout.key, layout)
+    stream.expect(list(dense.values()), routed_bytes=routed_bytes, small_bytes=small_bytes)

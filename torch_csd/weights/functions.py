@@ -1,0 +1,367 @@
+"""The table from torch ops to what is done with tensors in files. Brings nothing large into memory as a whole.
+
+Two doors, as for stored K and V (torch_csd/dispatch.py). ``__torch_function__`` (:func:`call_function`) sees
+``linear``, ``embedding`` and products as they were written; ``__torch_dispatch__`` (:func:`call_aten`) sees aten ops:
+views stay lazy, and what is left runs on small tensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torch_csd.weights.layout import Join, Layout, aten, byte_count
+from torch_csd.weights.tensor import FileTensor
+
+# Norms, biases and the like: they meet every kind of op, and are a thousandth of a model.
+SMALL_BYTES = 2**20
+
+_FUNCTIONS: dict[Callable, Callable] = {}
+_ATEN: dict[Callable, Callable] = {}
+_DATA = torch.Tensor.data.__get__
+
+
+def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``__torch_function__`` of FileTensor, subclass handling already off."""
+    if func == _DATA:  # torch's own loses what it does not know of
+        return args[0].detach()
+    if func.__name__ in ("__get__", "__set__"):  # shape, dtype, requires_grad ...
+        return func(*args, **kwargs)
+    handler = _FUNCTIONS.get(func)
+    if handler is not None:
+        result = handler(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return func(*args, **kwargs)
+
+
+def call_aten(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``__torch_dispatch__`` of FileTensor."""
+    handler = _ATEN.get(func)
+    if handler is not None:
+        return handler(*args, **kwargs)
+    if _is_view(func):
+        return _lazy_view(func, args, kwargs)
+    # Under inference_mode composite ops (flatten, einsum, to) arrive whole; what they consist of may be in the table.
+    result = func.decompose(*args, **kwargs)
+    if result is not NotImplemented:
+        return result
+    if func._schema.is_mutable:
+        raise NotImplementedError(
+            f"FileTensor: {func} would change it, and files are only read; use .write_(), or .to_dense() first"
+        )
+    args, kwargs = _small(func, args), _small(func, kwargs)
+    return func(*args, **kwargs)
+
+
+def _is_view(func: Callable) -> bool:
+    returns = func._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def _lazy_view(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    tensor = args[0]
+    cast = tensor.dtype != tensor._layout.dtype
+    layouts = None if cast and func is aten.view.dtype else tensor._layout.apply(func, args[1:], kwargs)
+    if layouts is None:
+        raise NotImplementedError(
+            f"FileTensor: {func} of {tensor!r} cannot be a view of the file; use .to_dense() first"
+        )
+    if isinstance(layouts, list):
+        return [tensor.with_layout(layout) for layout in layouts]
+    return tensor.with_layout(layouts, dtype=layouts.dtype if func is aten.view.dtype else None)
+
+
+def _small(func: Callable, values: Any) -> Any:
+    """The values, with small stored tensors brought into memory."""
+    if isinstance(values, FileTensor):
+        if byte_count(values._layout) > SMALL_BYTES:
+            raise NotImplementedError(
+                f"FileTensor: {func} does not run on what is in a file, other than tensors of at most {SMALL_BYTES} "
+                f"bytes, got {values!r}; use .to_dense() first to bring it into memory"
+            )
+        return _kept(values)
+    if isinstance(values, dict):
+        return {name: _small(func, value) for name, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(_small(func, value) for value in values)
+    return values
+
+
+def _kept(tensor: FileTensor | None) -> Tensor | None:
+    """An ordinary tensor for what is small; what is ordinary stays as it is."""
+    if not isinstance(tensor, FileTensor):
+        return tensor
+    return tensor._stream.keep(tensor._layout).to(device=tensor.device, dtype=tensor.dtype)
+
+
+def _function(*functions: Callable) -> Callable[[Callable], Callable]:
+    def register(handler: Callable) -> Callable:
+        _FUNCTIONS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def _aten(*functions: Callable) -> Callable[[Callable], Callable]:
+    def register(handler: Callable) -> Callable:
+        _ATEN.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def _check_frozen(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise NotImplementedError(
+            "FileTensor: results are not differentiable, and an input requires a gradient; call it under "
+            "torch.no_grad(), or use .to_dense() first"
+        )
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@_function(functional.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ weight.T + bias``, [..., in] with a stored weight [out, in], cut into what fits into staging."""
+    if not isinstance(weight, FileTensor) or isinstance(input, FileTensor):
+        return NotImplemented
+    bias = _kept(bias)
+    _check_frozen(input, bias)
+    stream = weight._stream
+    dim, pieces = stream.pieces(weight._layout)
+    if len(pieces) == 1:
+        with stream.use(pieces[0], routed=weight._routed) as dense:
+            return functional.linear(input, dense.to(weight.dtype), bias)
+    if dim == 0:
+        outs, begin = [], 0
+        for piece in pieces:
+            end = begin + piece.shape[0]
+            part = None if bias is None else bias[begin:end]
+            with stream.use(piece, routed=weight._routed) as dense:
+                outs.append(functional.linear(input, dense.to(weight.dtype), part))
+            begin = end
+        return torch.cat(outs, dim=-1)
+    return _sum_over_pieces(input, weight, pieces, bias)
+
+
+def _sum_over_pieces(input: Tensor, weight: FileTensor, pieces: list[Layout], bias: Tensor | None) -> Tensor:
+    """A weight whose input features are the rows of the file: partial sums, added in float32."""
+    total, begin = None, 0
+    for piece in pieces:
+        end = begin + piece.shape[1]
+        with weight._stream.use(piece, routed=weight._routed) as dense:
+            part = functional.linear(input[..., begin:end], dense.to(weight.dtype)).float()
+        total = part if total is None else total.add_(part)
+        begin = end
+    if bias is not None:
+        total.add_(bias)
+    return total.to(input.dtype)
+
+
+@_function(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
+    """``input @ other`` where one of them is stored."""
+    if isinstance(input, FileTensor):
+        if isinstance(other, FileTensor) or input.dim() != 2 or other.dim() > 2:
+            return NotImplemented
+        return linear(other.t() if other.dim() == 2 else other, input).t()
+    if other.dim() == 2:
+        return linear(input, other.t())
+    if other.dim() == 1 or input.dim() != other.dim():
+        return NotImplemented
+    return _batched(input, other)
+
+
+@_function(torch.Tensor.__rmatmul__)
+def _rmatmul(other: Tensor, input: Tensor) -> Tensor:
+    return _matmul(input, other)
+
+
+@_function(torch.bmm, torch.Tensor.bmm)
+def _batched(input: Tensor, other: Tensor) -> Tensor:
+    """[..., n, k] @ stored [..., k, m], one batch after another."""
+    if isinstance(input, FileTensor) or not isinstance(other, FileTensor) or input.shape[:-2] != other.shape[:-2]:
+        return NotImplemented
+    if other.dim() == 2:
+        return linear(input, other.t())
+    return torch.stack([_batched(each, stored) for each, stored in zip(input, other, strict=True)])
+
+
+@_function(torch.addmm, torch.Tensor.addmm)
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if not isinstance(mat2, FileTensor) or isinstance(mat1, FileTensor):
+        return NotImplemented
+    input = _kept(input)
+    if beta == 1 and alpha == 1 and input.dim() == 1:
+        return linear(mat1, mat2.t(), input)
+    return torch.add(beta * input, linear(mat1, mat2.t()), alpha=alpha)
+
+
+@_function(torch.baddbmm, torch.Tensor.baddbmm)
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    product = _batched(batch1, batch2)
+    if product is NotImplemented:
+        return NotImplemented
+    return torch.add(beta * _kept(input), product, alpha=alpha)
+
+
+def _grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows [offs[e - 1], offs[e]) of ``mat_a`` [rows, in] by the stored ``mat_b[e]`` [in, out]: the experts of a
+    mixture. Those that have no rows are not read; those that have are announced, all at once."""
+    if not isinstance(mat_b, FileTensor) or mat_b.dim() != 3 or mat_a.dim() != 2 or bias is not None or offs is None:
+        return NotImplemented
+    _check_frozen(mat_a)
+    ends = offs.tolist()
+    spans = [(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    routed = {expert: mat_b[expert].t() for expert, (begin, end) in enumerate(spans) if end > begin}
+    mat_b._stream.announce([piece for each in routed.values() for piece in mat_b._stream.pieces(each._layout)[1]])
+    # Rows behind the last group are nobody's: as torch leaves them, but not with what was in memory.
+    out = mat_a.new_zeros((mat_a.shape[0], mat_b.shape[2]), dtype=out_dtype or mat_a.dtype)
+    for expert, weight in routed.items():
+        begin, end = spans[expert]
+        out[begin:end] = linear(mat_a[begin:end], weight)
+    return out
+
+
+if hasattr(functional, "grouped_mm"):
+    _function(functional.grouped_mm)(_grouped_mm)
+if hasattr(torch, "_grouped_mm"):
+
+    @_function(torch._grouped_mm)
+    def _old_grouped_mm(
+        input: Tensor,
+        mat2: Tensor,
+        offs: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return _grouped_mm(input, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@_function(functional.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a stored weight: only these are read."""
+    if not isinstance(weight, FileTensor):
+        return NotImplemented
+    if max_norm is not None:
+        raise NotImplementedError("FileTensor: embedding with max_norm changes its weight, and files are only read")
+    return _rows(weight, input)
+
+
+def _rows(tensor: FileTensor, index: Tensor) -> Tensor:
+    """tensor[index]: [*index.shape, *tensor.shape[1:]]."""
+    flat = index.reshape(-1).to("cpu", torch.int64)
+    count = tensor.shape[0]
+    flat = torch.where(flat < 0, flat + count, flat)
+    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < count):
+        raise IndexError(f"index out of range: wanted rows of [0, {count}), got {index.min()} to {index.max()}")
+    if byte_count(tensor._layout) <= SMALL_BYTES:
+        rows = _kept(tensor)[flat.to(tensor.device)]
+    else:
+        rows = tensor._stream.rows(tensor._layout, flat).to(device=tensor.device, dtype=tensor.dtype)
+    return rows.view(*index.shape, *tensor.shape[1:])
+
+
+@_function(torch.index_select, torch.Tensor.index_select)
+def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    if not isinstance(input, FileTensor) or dim not in (0, -input.dim()):
+        return NotImplemented
+    return _rows(input, index)
+
+
+@_aten(aten.index.Tensor)
+def _index(tensor: FileTensor, indices: list[Tensor | None]) -> Tensor:
+    first, *others = indices
+    if isinstance(tensor, FileTensor) and first is not None and all(each is None for each in others):
+        if first.dtype == torch.bool:
+            first = first.nonzero().squeeze(-1) if first.dim() == 1 else None
+        if first is not None:
+            if first.dim() == 0:
+                return tensor.select(0, int(first))
+            return _rows(tensor, first)
+    return aten.index.Tensor(*_small(aten.index.Tensor, (tensor, indices)))
+
+
+# ---- what stays lazy -------------------------------------------------------------------------------------------------
+
+
+@_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _same(tensor: FileTensor) -> FileTensor:
+    return tensor.with_layout(tensor._layout)
+
+
+@_aten(aten.clone.default)
+def _clone(tensor: FileTensor, *, memory_format: torch.memory_format | None = None) -> FileTensor:
+    """The same elements: nobody changes them through this tensor."""
+    return tensor.with_layout(tensor._layout)
+
+
+@_function(torch.Tensor.contiguous)
+def _contiguous(tensor: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+    return tensor  # it has no memory to be in another order
+
+
+@_aten(aten._to_copy.default)
+def _to_copy(
+    tensor: FileTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> FileTensor:
+    """Converted when it is read."""
+    return tensor.with_layout(tensor._layout, dtype=dtype, device=device)
+
+
+@_function(torch.cat, torch.concat, torch.concatenate)
+def _cat(tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
+    tensors = tuple(tensors)
+    if not _all_alike(tensors):
+        return NotImplemented
+    return tensors[0].with_layout(Join.make([tensor._layout for tensor in tensors], dim))
+
+
+@_function(torch.stack)
+def _stack(tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
+    tensors = tuple(tensors)
+    if not _all_alike(tensors):
+        return NotImplemented
+    return _cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def _all_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether they are all stored, by one stream, as what they seem."""
+    if not all(isinstance(tensor, FileTensor) for tensor in tensors):
+        return False
+    first = tensors[0]
+    return all(
+        tensor._stream is first._stream and tensor.dtype == first.dtype and tensor._layout.dtype == first._layout.dtype
+        for tensor in tensors
+    )

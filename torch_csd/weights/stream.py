@@ -1,0 +1,512 @@
+"""Brings ranges of files into bounded memory, ahead of their use, in the order in which they are used.
+
+One pass of a model uses its weights in the same order as the one before. So the order is learned (from what it is said
+to be, then from what happens), and while one weight is computed with, those after it are read into what is left of the
+staging memory: after the last comes the first of the next pass, and the drive never idles. A fixed share of the weights
+stays in memory after its first use: a scan over everything defeats a cache (FlexGen, 2303.06865, has percentages for
+the same reason). Experts of a mixture are read when they are routed to, and kept by use.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_csd import ops
+from torch_csd.catalogue import BLOCK_BYTES
+from torch_csd.config import as_int, parse_io_engine
+from torch_csd.errors import MemoryBudgetError
+from torch_csd.weights.layout import InputFile, Join, Layout, Range, Region, byte_count, narrow
+from torch_csd.weights.staging import HUGE_PAGE_BYTES, Staging, new_memory
+
+MIB = 2**20
+STAGING_BYTES_MIN = 4 * MIB
+# Requests of 32 MiB in flight keep a drive busy; one piece is computed with meanwhile, and two more of the largest size
+# wait. More staging makes nothing faster and leaves less for what is resident.
+STAGING_BYTES_MAX = 256 * MIB
+_PIECES = 4  # that fit into staging at once, at least
+_AHEAD_UNITS = 256  # at most: of small ones, looking further costs more than it gives
+_SKIPPED_MAX = 8  # a unit so far ahead is still ahead, however short the order is
+_AGING_USES = 4096  # of routed units, until all counts are halved
+
+
+@dataclass(eq=False)
+class Unit:
+    """What is read, waited for and given back as one: a weight, or a part of a large one."""
+
+    layout: Layout
+    ranges: tuple[Range, ...]
+    places: tuple[int, ...]  # of the ranges' covering blocks in the unit's memory
+    byte_count: int  # of these blocks
+    kept: bool = False  # stays in memory from its first use on
+    routed: bool = False  # used when something calls for it: not one of the order
+    memory: Tensor | None = None
+    ticket: int | None = None  # of the read into it
+    loaded: bool = False
+    awaited: bool = False  # a thread waits for it already
+    users: int = 0
+    index: int | None = None  # in the order
+    expected: bool = True  # in the next pass: it was used in the last one
+    use_count: float = 0.0  # of a routed one
+
+    @staticmethod
+    def of(layout: Layout) -> Unit:
+        return Unit.of_ranges(layout, tuple(leaf.range for leaf in layout.leaves))
+
+    @staticmethod
+    def of_ranges(layout: Layout, ranges: tuple[Range, ...]) -> Unit:
+        places = [0]
+        for each in ranges:
+            places.append(places[-1] + covering_bytes(each.offset, each.byte_count))
+        return Unit(layout, ranges, tuple(places[:-1]), places[-1])
+
+    def elements(self) -> Tensor:
+        """The layout's, out of its memory."""
+        leaves = (
+            leaf.elements(self.memory[place + each.offset % BLOCK_BYTES :][: each.byte_count])
+            for leaf, each, place in zip(self.layout.leaves, self.ranges, self.places, strict=True)
+        )
+        return self.layout.assemble(leaves)
+
+
+def kept_bytes(unit: Unit) -> int:
+    """Of memory that is its own."""
+    multiple = HUGE_PAGE_BYTES if unit.byte_count >= HUGE_PAGE_BYTES else BLOCK_BYTES
+    return -(-unit.byte_count // multiple) * multiple
+
+
+def covering_bytes(offset: int, count: int) -> int:
+    """Of the blocks that hold bytes [offset, offset + count)."""
+    if count == 0:
+        return 0
+    return (offset + count + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES - offset // BLOCK_BYTES * BLOCK_BYTES
+
+
+class Stream:
+    """Files, the memory for what is read of them, and what is read next. Thread-safe.
+
+    A thread uses one layout at a time: one that waits for room while it holds another could wait for itself.
+    """
+
+    def __init__(
+        self, memory_budget_bytes: int, *, io_engine: str = "auto", queue_depth: int = 32, staging_bytes: int = 0
+    ) -> None:
+        """
+        Args:
+            memory_budget_bytes: of everything that is read: staging and what stays.
+            staging_bytes: of them, for reads under way and ahead; 0: a quarter, at most 256 MiB.
+
+        Raises:
+            MemoryBudgetError: it is less than 4 MiB.
+        """
+        if memory_budget_bytes < STAGING_BYTES_MIN:
+            raise MemoryBudgetError(
+                f"memory_budget must be at least {STAGING_BYTES_MIN} bytes for weights on the drive, got "
+                f"{memory_budget_bytes}"
+            )
+        staging_bytes = staging_bytes or min(max(memory_budget_bytes // 4, STAGING_BYTES_MIN), STAGING_BYTES_MAX)
+        staging_bytes = staging_bytes // BLOCK_BYTES * BLOCK_BYTES
+        self.memory_budget_bytes = memory_budget_bytes
+        self.piece_bytes = staging_bytes // _PIECES - 2 * BLOCK_BYTES  # of one unit: what a large weight is cut into
+        self._staging = Staging(new_memory(staging_bytes))
+        self._changed = threading.Condition()  # of everything below
+        self._files: dict[str, InputFile] = {}
+        self._units: dict[tuple, Unit] = {}
+        self._order: list[Unit] = []
+        self._position = -1  # in it: of the last unit that was used
+        self._staged: dict[int, Unit] = {}  # by id: those with memory of staging
+        self._announced: deque[Unit] = deque()
+        self._dense: dict[tuple, Tensor] = {}  # whole small tensors
+        self._kept_bytes = 0  # in memory of their own
+        self._routed_bytes_left = 0  # that routed units may still keep
+        self._routed_uses = 0
+        self._used_bytes = 0  # of units that were asked for, wherever they were
+        self.reader = ops.reader_open(
+            io_engine=parse_io_engine(io_engine),
+            queue_depth=as_int(queue_depth, "queue_depth", low=1, high=1024),
+            staging=self._staging.memory,
+        )
+        self._finalizer = weakref.finalize(self, _close_reader, self.reader, os.getpid())
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def open(self, path: str | os.PathLike[str]) -> InputFile:
+        """The file, open to be read; the same one for the same path.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        path = os.path.abspath(os.fspath(path))
+        with self._changed:
+            if path not in self._files:
+                self._files[path] = InputFile(path, *ops.reader_add_file(self.reader, path)[:3])
+            return self._files[path]
+
+    def close(self) -> None:
+        """Waits for what is being read, and lets go of the files. Idempotent."""
+        self._finalizer()
+
+    # ---- what is used ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, layout: Layout, *, routed: bool = False) -> Iterator[Tensor]:
+        """The layout's elements, of its dtype, in memory until the end of the block. At most `piece_bytes` of them.
+
+        routed: used when something calls for it, not once in every pass.
+
+        Raises:
+            StoreError: reading failed, or the file was changed.
+        """
+        unit = self._begin(layout, routed)
+        try:
+            self._load(unit)
+            yield unit.elements()
+        finally:
+            self._end(unit)
+
+    def keep(self, layout: Layout) -> Tensor:
+        """The elements, in memory from now on: for small tensors that any op may meet."""
+        with self._changed:
+            dense = self._dense.get(layout.key)
+        if dense is None:
+            dense = self.load(layout)
+            with self._changed:
+                if layout.key not in self._dense:
+                    self._kept_bytes += byte_count(layout)
+                dense = self._dense.setdefault(layout.key, dense)
+        return dense
+
+    def load(self, layout: Layout) -> Tensor:
+        """The elements in memory of their own, beside the budget: the caller's to keep or to drop."""
+        unit = Unit.of(layout)
+        unit.memory = new_memory(unit.byte_count)
+        self._submit(unit, background=False)
+        ops.reader_wait(self.reader, unit.ticket)
+        return unit.elements()
+
+    def rows(self, layout: Layout, index: Tensor) -> Tensor:
+        """[len(index), ...]: those rows of the first dimension, and no others, read now. index: int64 [rows] on the
+        CPU, within bounds."""
+        if index.numel() == 0:
+            return torch.empty((0, *layout.shape[1:]), dtype=layout.dtype)
+        row_bytes = max(byte_count(layout) // max(layout.shape[0], 1), 1)
+        step = max(self.piece_bytes // (row_bytes + 2 * BLOCK_BYTES), 1)
+        distinct, inverse = torch.unique(index, return_inverse=True)
+        gathered = torch.cat([self._gather(layout, some.tolist()) for some in distinct.split(step)])
+        return gathered if torch.equal(distinct, index) else gathered[inverse]
+
+    def _gather(self, layout: Layout, index: list[int]) -> Tensor:
+        """Copies of these rows, which are distinct and ascending."""
+        if not (isinstance(layout, Region) and layout.meta[0].is_contiguous()):
+            rows = Join.make([narrow(layout, 0, row, row + 1) for row in index], 0)
+            with self._temporary(Unit.of(rows)) as unit:
+                return unit.elements().clone()
+        row_bytes = byte_count(layout) // layout.shape[0]
+        first = layout.offset + layout.meta.storage_offset() * layout.dtype.itemsize
+        step = layout.meta.stride(0) * layout.dtype.itemsize
+        runs: list[list[int]] = []  # begin and end, of rows whose blocks touch
+        for row in index:
+            begin = first + row * step
+            if runs and begin - runs[-1][1] < BLOCK_BYTES and begin >= runs[-1][1]:
+                runs[-1][1] = begin + row_bytes
+            else:
+                runs.append([begin, begin + row_bytes])
+        ranges = tuple(Range(layout.file, begin, end - begin) for begin, end in runs)
+        with self._temporary(Unit.of_ranges(layout, ranges)) as unit:
+            rows, run = [], 0
+            for row in index:
+                begin = first + row * step
+                while begin >= runs[run][1]:
+                    run += 1
+                start = unit.places[run] + ranges[run].offset % BLOCK_BYTES + begin - ranges[run].offset
+                rows.append(unit.memory[start : start + row_bytes])
+            return torch.cat(rows).view(layout.dtype).view(len(index), *layout.shape[1:])
+
+    @contextmanager
+    def _temporary(self, unit: Unit) -> Iterator[Unit]:
+        """The unit, read now, until the end of the block; nothing remembers it."""
+        with self._changed:
+            self._make_room(unit)
+            unit.users = 1
+            self._submit(unit, background=False)
+            self._read_ahead()
+        try:
+            ops.reader_wait(self.reader, unit.ticket)
+            yield unit
+        finally:
+            with self._changed:
+                unit.users = 0
+                self._release(unit)
+                self._read_ahead()
+                self._changed.notify_all()
+
+    def pieces(self, layout: Layout) -> tuple[int, list[Layout]]:
+        """The layout, cut along one dimension into what fits into staging: that dimension, and the pieces in order."""
+        if isinstance(layout, Join) and layout.dim == 0 and layout.leaves:
+            return 0, [piece for part in layout.parts for piece in self._cut(part, 0)]
+        dim = 0
+        if isinstance(layout, Region) and layout.meta.dim() > 1:
+            steps = layout.meta.stride()
+            dim = max(range(len(steps)), key=lambda each: (steps[each] if layout.shape[each] > 1 else -1, -each))
+        return dim, self._cut(layout, dim)
+
+    def _cut(self, layout: Layout, dim: int) -> list[Layout]:
+        size = layout.shape[dim] if layout.shape else 1
+        count = -(-byte_count(layout) // self.piece_bytes)
+        if count <= 1:
+            return [layout]
+        step = max(size // count, 1)
+        return [narrow(layout, dim, begin, min(begin + step, size)) for begin in range(0, size, step)]
+
+    # ---- what is expected --------------------------------------------------------------------------------------------
+
+    def expect(self, layouts: Sequence[Layout], *, routed_bytes: int = 0, small_bytes: int = 0) -> None:
+        """The order in which the next pass will use these, each once, and which of them stay in memory: as many as the
+        budget allows, spread evenly, so that no part of a pass waits for the drive more than another. Reads nothing.
+
+        routed_bytes: of all units that are routed to: they get what the others leave. small_bytes: that `keep` will
+        take.
+        """
+        with self._changed:
+            for layout in layouts:
+                for piece in self.pieces(layout)[1]:
+                    unit = self._unit(piece)
+                    if unit.index is None:
+                        unit.index = len(self._order)
+                        self._order.append(unit)
+            left = self.memory_budget_bytes - self._staging.byte_count - small_bytes
+            total = sum(unit.byte_count for unit in self._order)
+            share = min(max(left, 0) / max(total, 1), 1.0)
+            due = 0.0
+            for unit in self._order:
+                due += share * unit.byte_count
+                size = kept_bytes(unit)
+                if share == 1.0 or (due >= unit.byte_count / 2 and size <= left):
+                    unit.kept = True
+                    due -= unit.byte_count
+                    left -= size
+            self._routed_bytes_left = max(min(left, routed_bytes), 0)
+
+    def announce(self, layouts: Sequence[Layout]) -> None:
+        """These are used next, in this order: routed ones, which no order tells."""
+        with self._changed:
+            for unit in self._announced:  # of a call that failed
+                if unit.users == 0 and not unit.kept and unit.memory is not None:
+                    self._release(unit)
+            self._announced = deque(self._unit(layout, routed=True) for layout in layouts)
+            self._read_ahead()
+
+    # ---- units -------------------------------------------------------------------------------------------------------
+
+    def _unit(self, layout: Layout, *, routed: bool = False) -> Unit:
+        unit = self._units.get(layout.key)
+        if unit is None:
+            unit = self._units[layout.key] = Unit.of(layout)
+            unit.routed = routed
+        return unit
+
+    def _begin(self, layout: Layout, routed: bool) -> Unit:
+        with self._changed:
+            unit = self._unit(layout, routed=routed)
+            unit.users += 1
+            self._used_bytes += byte_count(layout)
+            if unit.routed:
+                self._count_use(unit)
+            else:
+                self._advance(unit)
+            return unit
+
+    def _end(self, unit: Unit) -> None:
+        with self._changed:
+            unit.users -= 1
+            if unit.users == 0 and not unit.kept and unit.memory is not None:
+                self._release(unit)
+            self._read_ahead()
+            self._changed.notify_all()
+
+    def _load(self, unit: Unit) -> None:
+        """Returns when its elements are in its memory."""
+        while True:
+            with self._changed:
+                while unit.awaited:  # by another thread
+                    self._changed.wait()
+                if unit.loaded:
+                    return
+                if unit.memory is None:
+                    self._make_room(unit)
+                if unit.ticket is None:
+                    self._submit(unit, background=False)
+                unit.awaited = True
+                self._read_ahead()
+            try:
+                ops.reader_wait(self.reader, unit.ticket)
+            except BaseException:
+                with self._changed:
+                    unit.awaited = False
+                    unit.ticket = None
+                    self._changed.notify_all()
+                raise
+            with self._changed:
+                unit.awaited = False
+                unit.ticket = None
+                unit.loaded = True
+                self._changed.notify_all()
+
+    def _submit(self, unit: Unit, *, background: bool) -> None:
+        unit.ticket = ops.reader_read(
+            self.reader,
+            files=[each.file.number for each in unit.ranges],
+            offsets=[each.offset for each in unit.ranges],
+            byte_counts=[each.byte_count for each in unit.ranges],
+            memory=unit.memory,
+            memory_offsets=list(unit.places),
+            background=background,
+        )
+
+    def _place(self, unit: Unit) -> bool:
+        """Gives the unit memory, if there is some."""
+        if unit.kept:
+            unit.memory = new_memory(kept_bytes(unit))
+            self._kept_bytes += unit.memory.numel()
+            return True
+        unit.memory = self._staging.take(unit.byte_count)
+        if unit.memory is None:
+            return False
+        self._staged[id(unit)] = unit
+        return True
+
+    def _make_room(self, unit: Unit) -> None:
+        """Gives the unit memory: what was read ahead and is used last must make room, or what other threads use."""
+        if not unit.kept and unit.byte_count > self._staging.byte_count:
+            raise MemoryBudgetError(
+                f"{unit.byte_count} bytes are wanted at once, staging has {self._staging.byte_count}; raise "
+                f"memory_budget"
+            )
+        while not self._place(unit):
+            idle = [each for each in self._staged.values() if each.users == 0]
+            if idle:
+                self._release(max(idle, key=self._distance))
+            else:
+                self._changed.wait()
+
+    def _distance(self, unit: Unit) -> int:
+        """Units until it is used."""
+        if unit.index is None:
+            return 0  # announced
+        return (unit.index - self._position) % len(self._order)
+
+    def _release(self, unit: Unit) -> None:
+        """Takes the unit's memory back."""
+        if unit.ticket is not None:
+            ops.reader_drop(self.reader, unit.ticket)
+        if self._staged.pop(id(unit), None) is not None:
+            self._staging.give_back(unit.memory)
+        elif unit.memory is not None:
+            self._kept_bytes -= unit.memory.numel()
+        unit.memory = None
+        unit.ticket = None
+        unit.loaded = False
+
+    def _count_use(self, unit: Unit) -> None:
+        """Decides, before a routed unit is read, whether it stays: the most used do."""
+        self._routed_uses += 1
+        if self._routed_uses % _AGING_USES == 0:
+            for each in self._units.values():
+                each.use_count /= 2
+        unit.use_count += 1
+        if unit.kept or unit.memory is not None:
+            return
+        size = kept_bytes(unit)
+        if size > self._routed_bytes_left:
+            others = (each for each in self._units.values() if each.routed and each.kept and each.users == 0)
+            least = min(others, key=lambda each: each.use_count, default=None)
+            if least is None or least.use_count >= unit.use_count or kept_bytes(least) < size:
+                return
+            self._release(least)
+            least.kept = False
+            self._routed_bytes_left += kept_bytes(least)
+        unit.kept = True
+        self._routed_bytes_left -= size
+
+    # ---- the order ---------------------------------------------------------------------------------------------------
+
+    def _advance(self, unit: Unit) -> None:
+        """The unit is used now: goes on to it in the order, which learns from it."""
+        unit.expected = True
+        if unit.index is None:
+            self._insert(unit)
+            return
+        count = len(self._order)
+        distance = (unit.index - self._position) % count
+        if distance > max(_SKIPPED_MAX, count // 2):  # rather one that comes earlier now than all of a pass skipped
+            del self._order[unit.index]
+            if unit.index <= self._position:
+                self._position -= 1
+            self._insert(unit)
+            return
+        for step in range(1, distance):
+            skipped = self._order[(self._position + step) % count]
+            skipped.expected = False
+            if skipped.users == 0 and id(skipped) in self._staged:
+                self._release(skipped)
+        self._position = unit.index
+
+    def _insert(self, unit: Unit) -> None:
+        self._position += 1
+        self._order.insert(self._position, unit)
+        for index in range(len(self._order)):
+            self._order[index].index = index
+
+    def _read_ahead(self) -> None:
+        """Begins to read what is used next, as far as memory goes."""
+        while self._announced:
+            unit = self._announced[0]
+            if unit.memory is None and unit.users == 0:
+                if not self._place(unit):
+                    return
+                self._submit(unit, background=True)
+            self._announced.popleft()
+        count = len(self._order)
+        for step in range(1, min(count, _AHEAD_UNITS) + 1):
+            unit = self._order[(self._position + step) % count]
+            if unit.memory is not None or not unit.expected:
+                continue
+            if not self._place(unit):
+                return
+            self._submit(unit, background=True)
+
+    # ---- the rest ----------------------------------------------------------------------------------------------------
+
+    def forget(self, file: InputFile) -> None:
+        """What was read of the file ahead of its use is read again: it was written to."""
+        with self._changed:
+            for unit in list(self._units.values()):
+                if unit.users == 0 and unit.memory is not None and any(each.file == file for each in unit.ranges):
+                    self._release(unit)
+            for key in [key for key, _ in self._dense.items() if key[0] == file.number]:
+                del self._dense[key]
+
+    def stats(self) -> dict:
+        """What was read and what is in memory: `ops.reader_stats`, and bytes of memory by use."""
+        with self._changed:
+            mine = {
+                "staging_bytes": self._staging.byte_count,
+                "staged_bytes": self._staging.byte_count - self._staging.free_bytes,
+                "resident_bytes": self._kept_bytes,
+                "used_bytes": self._used_bytes,
+                "memory_budget_bytes": self.memory_budget_bytes,
+            }
+        return ops.reader_stats(self.reader) | mine
+
+
+def _close_reader(reader: Tensor, process: int) -> None:
+    if os.getpid() == process:
+        ops.reader_close(reader)
