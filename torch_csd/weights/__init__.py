@@ -1,0 +1,1 @@
+"""Weights that lie on the drive, or quantised in memory, and linear layers that run on them."""
