@@ -25,6 +25,8 @@
 #include "base/error.h"
 #include "executor/drive.h"
 #include "executor/file_reader.h"
+#include "executor/linear.h"
+#include "kernels/weights.h"
 #include "module.h"
 
 namespace csd::ops {
@@ -809,6 +811,94 @@ Tensor read(const Tensor& handle, bool values, ScalarType dtype, int64_t row_beg
   return out;
 }
 
+// ---- quantised weights of linear layers (kernels/weights.h) ----
+
+LinearContext linear_context(const std::string& simd) {
+  return {select_kernels(simd.c_str()), static_cast<int>(torch::stable::get_num_threads()),
+          &lend_torch_threads};
+}
+
+int to_code_bits(int64_t bits) {
+  if (bits != 8 && bits != 4) fail("bits must be 8 or 4, got " + text(bits));
+  return static_cast<int>(bits);
+}
+
+// in_features decides how a row is read, so it must fit the bytes.
+void check_rows(const Tensor& rows, int code_bits, int64_t in_features) {
+  check_bytes(rows, "rows");
+  if (rows.dim() != 2)
+    fail("rows must be [out_features, row_bytes], got " + text(rows.dim()) + " dimensions");
+  if (in_features < 1) fail("in_features must be at least 1, got " + text(in_features));
+  const int64_t row_bytes = weight_row_bytes(code_bits, in_features);
+  if (rows.size(1) != row_bytes) {
+    fail("rows must have " + text(row_bytes) + " bytes each (" + text(code_bits) + " bits, " +
+         text(in_features) + " features), got " + text(rows.size(1)));
+  }
+}
+
+int64_t weight_row_bytes(int64_t bits, int64_t in_features) {
+  if (in_features < 1) fail("in_features must be at least 1, got " + text(in_features));
+  return csd::weight_row_bytes(to_code_bits(bits), in_features);
+}
+
+Tensor quantise_rows(const Tensor& weight_any, int64_t bits, std::string simd) {
+  const int code_bits = to_code_bits(bits);
+  if (weight_any.dim() != 2 || weight_any.size(1) < 1) {
+    fail("weight must be [out_features, in_features], with features, got " + text(weight_any.dim()) +
+         " dimensions");
+  }
+  const DType dtype = to_dtype(weight_any.scalar_type(), "weight");
+  const Tensor weight = dense_last(weight_any);
+  Tensor rows =
+      new_tensor({weight.size(0), csd::weight_row_bytes(code_bits, weight.size(1))}, ScalarType::Byte);
+  csd::quantise_rows(linear_context(simd), code_bits, dtype, weight.const_data_ptr(), weight.stride(0),
+                     weight.size(0), weight.size(1), static_cast<uint8_t*>(rows.mutable_data_ptr()));
+  return rows;
+}
+
+Tensor dequantise_rows(const Tensor& rows, int64_t bits, int64_t in_features, ScalarType dtype,
+                       std::string simd) {
+  const int code_bits = to_code_bits(bits);
+  check_rows(rows, code_bits, in_features);
+  const DType target_dtype = to_dtype(dtype, "dtype");
+  Tensor weight = new_tensor({rows.size(0), in_features}, dtype);
+  csd::dequantise_rows(linear_context(simd), code_bits, static_cast<const uint8_t*>(rows.const_data_ptr()),
+                       rows.size(0), in_features, target_dtype, weight.mutable_data_ptr());
+  return weight;
+}
+
+// x: [rows of x, in_features]; ops.py brings it there.
+Tensor quantised_linear(const Tensor& x_any, const Tensor& rows, int64_t bits, std::optional<Tensor> bias,
+                        std::string simd) {
+  if (x_any.dim() != 2 || !x_any.is_cpu()) {
+    fail("x must be a CPU tensor of 2 dimensions here, got " + text(x_any.dim()) + "; ops.py folds others");
+  }
+  const Tensor x = dense_last(x_any);
+  QuantisedLinear linear;
+  linear.code_bits = to_code_bits(bits);
+  linear.in_features = x.size(1);
+  check_rows(rows, linear.code_bits, linear.in_features);
+  linear.rows = static_cast<const uint8_t*>(rows.const_data_ptr());
+  linear.row_count = rows.size(0);
+  linear.dtype = to_dtype(x.scalar_type(), "x");
+  linear.x = x.const_data_ptr();
+  linear.x_count = x.size(0);
+  linear.x_stride = x.stride(0);
+  linear.bias = nullptr;
+  if (bias.has_value()) {
+    if (bias->dim() != 1 || bias->numel() != linear.row_count || bias->scalar_type() != x.scalar_type() ||
+        !bias->is_contiguous() || !bias->is_cpu()) {
+      fail("bias must be a contiguous CPU tensor of " + text(linear.row_count) +
+           " elements (one per row) in x's dtype, got " + text(bias->numel()));
+    }
+    linear.bias = bias->const_data_ptr();
+  }
+  Tensor out = new_tensor({linear.x_count, linear.row_count}, x.scalar_type());
+  linear.out = out.mutable_data_ptr();
+  if (out.numel() > 0) csd::quantised_linear(linear_context(simd), linear);
+  return out;
+}
+
 // ---- the drive's I/O, for memory of others ----
 
 // queue: {drive, the queue's number, -1}, the caller's as other handles are.
@@ -1107,6 +1197,10 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
       "read(Tensor handle, bool values, ScalarType dtype, SymInt row_begin, SymInt row_count, SymInt "
       "kv_begin, "
       "SymInt kv_end, SymInt num_kv_heads, SymInt head_dim) -> Tensor");
+  m.def("weight_row_bytes(int bits, int in_features) -> int");
+  m.def("quantise_rows(Tensor weight, int bits, str simd) -> Tensor");
+  m.def("dequantise_rows(Tensor rows, int bits, SymInt in_features, ScalarType dtype, str simd) -> Tensor");
+  m.def("quantised_linear(Tensor x, Tensor rows, int bits, Tensor? bias, str simd) -> Tensor");
   m.def("io_open(Tensor(a!) queue, Tensor drive, int depth) -> ()");
   m.def(
       "io_submit(Tensor(a!) queue, bool write, int file_offset, Tensor(b!) memory, int offset, int "
@@ -1137,6 +1231,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, BackendSelect, m) {
   m.impl("probe", TORCH_BOX(&csd::ops::probe));
   m.impl("read_header", TORCH_BOX(&csd::ops::read_header));
   m.impl("supported_simd", TORCH_BOX(&csd::ops::supported_simd));
+  m.impl("weight_row_bytes", TORCH_BOX(&csd::ops::weight_row_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
@@ -1172,6 +1267,9 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("scores", TORCH_BOX(&csd::ops::scores));
   m.impl("weighted_sum", TORCH_BOX(&csd::ops::weighted_sum));
   m.impl("read", TORCH_BOX(&csd::ops::read));
+  m.impl("quantise_rows", TORCH_BOX(&csd::ops::quantise_rows));
+  m.impl("dequantise_rows", TORCH_BOX(&csd::ops::dequantise_rows));
+  m.impl("quantised_linear", TORCH_BOX(&csd::ops::quantised_linear));
   m.impl("io_open", TORCH_BOX(&csd::ops::io_open));
   m.impl("io_submit", TORCH_BOX(&csd::ops::io_submit));
   m.impl("io_reap", TORCH_BOX(&csd::ops::io_reap));

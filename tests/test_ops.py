@@ -62,6 +62,12 @@ def op_calls(store, directory):
         "scores": (handle, q, 0, 0, 130),
         "weighted_sum": (handle, torch.rand(2, 4, 3, 130), 0, 0, 130, 24),
         "read": (handle, False, torch.float32, 0, 2, 0, 130, 2, 16),
+        "weight_row_bytes": (4, 100),
+        "quantise_rows": (torch.randn(5, 100), 4, "auto"),
+        "dequantise_rows": (ops.quantise_rows(torch.randn(5, 100), 8), 8, 100, torch.bfloat16, "auto"),
+        "quantised_linear": (
+            *(torch.randn(3, 100), ops.quantise_rows(torch.randn(5, 100), 4), 4, torch.randn(5), "auto"),
+        ),
         "io_open": (torch.tensor([int(drive[0]), 10**6, -1]), drive, 2),
         "io_reap": (ops.io_open(drive, depth=1), True),
         "io_close": (torch.tensor([int(drive[0]), 10**6, -1]),),
@@ -82,7 +88,8 @@ def test_every_op_is_listed_here(stored, tmp_path):
     [
         "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append",
         "truncate", "trim", "reorder", "flush", "keep_summary", "attend", "attend_sparse", "prefetch", "scores",
-        "weighted_sum", "read", "io_open", "io_reap", "io_close", "file_path", "stats", "close",
+        "weighted_sum", "read", "weight_row_bytes", "quantise_rows", "dequantise_rows", "quantised_linear", "io_open",
+        "io_reap", "io_close", "file_path", "stats", "close",
     ],
 )  # fmt: skip
 def test_opcheck(stored, tmp_path, name):

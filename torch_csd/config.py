@@ -105,6 +105,17 @@ def directory_path(directory: str | os.PathLike[str]) -> str:
     return path
 
 
+def simd_name(simd: str | None) -> str:
+    """The instruction set to force, or ``"auto"``: ``simd``, else ``$TORCH_CSD_SIMD``. The kernels check what it names.
+
+    Raises:
+        TypeError: it is not text.
+    """
+    if simd is not None and not isinstance(simd, str):
+        raise TypeError(f'simd must be text such as "avx2", or None, got {simd!r}')
+    return simd or os.environ.get("TORCH_CSD_SIMD") or "auto"
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Everything a drive is opened with. Frozen: nothing changes behind an open store."""
@@ -158,14 +169,12 @@ class StoreConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if threads is None:
             threads = torch.get_num_threads()
-        if simd is not None and not isinstance(simd, str):
-            raise TypeError(f'simd must be text such as "avx2", or None, got {simd!r}')
         return StoreConfig(
             directory=directory_path(directory),
             memory_budget_bytes=parse_bytes(memory_budget),
             kv_dtype=parse_kv_dtype(kv_dtype),
             io_engine=io_engine,
-            simd=simd or os.environ.get("TORCH_CSD_SIMD") or "auto",
+            simd=simd_name(simd),
             threads=as_int(threads, "threads", low=1, high=1024),
             queue_depth=as_int(queue_depth, "queue_depth", low=2, high=1024),
             read_ahead_bytes=None if read_ahead is None else parse_bytes(read_ahead),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import torch_csd._C  # noqa: F401  (loading it registers the ops)
 from torch_csd.catalogue import ENTRY_BYTES, PAGE_TOKENS
+from torch_csd.config import simd_name
 from torch_csd.errors import (
     MemoryBudgetError,
     StaleTensorError,
@@ -587,6 +588,62 @@ def read(
     return _call(_ops.read, handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_heads, head_dim)
 
 
+# ---- quantised weights of linear layers (csrc/kernels/weights.h) --------------------------------------------------
+
+# simd: as in KVStore; None: $TORCH_CSD_SIMD, else the fastest this processor has.
+
+
+def weight_row_bytes(bits: int, in_features: int) -> int:
+    """Bytes of one row (output feature) of ``in_features`` codes of ``bits`` bits, with their scales and zeros."""
+    if bits not in (8, 4):
+        raise ValueError(f"bits must be 8 or 4, got {bits}")
+    if in_features < 1:
+        raise ValueError(f"in_features must be at least 1, got {in_features}")
+    group_count = -(-in_features // 64)
+    return -(-group_count * (64 * bits // 8 + 4) // 64) * 64
+
+
+def quantise_rows(weight: Tensor, bits: int, *, simd: str | None = None) -> Tensor:
+    """A weight ``[out_features, in_features]`` (float32, bfloat16, float16) as uint8 ``[out_features, row_bytes]``.
+
+    Groups of 64 input features have a scale and a zero point each (FlexGen, 2303.06865, section 4): no value is off by
+    more than half its group's scale. A group that is not all finite, or spans more than float32 can, becomes NaN.
+    """
+    return _call(_ops.quantise_rows.default, weight.detach(), bits, simd_name(simd))
+
+
+def dequantise_rows(
+    rows: Tensor, *, bits: int, in_features: int, dtype: torch.dtype, simd: str | None = None
+) -> Tensor:
+    """``[out_features, in_features]`` of ``dtype`` from what :func:`quantise_rows` made, or any slice of its rows."""
+    return _call(_ops.dequantise_rows.default, rows, bits, in_features, dtype, simd_name(simd))
+
+
+def quantised_linear(
+    x: Tensor, rows: Tensor, *, bits: int, bias: Tensor | None = None, simd: str | None = None
+) -> Tensor:
+    """``x @ weight.T + bias``: ``[..., out_features]`` in x's dtype, in float32 until then.
+
+    For few rows of x; weights/quantised.py knows where another way is faster.
+
+    Args:
+        x: ``[..., in_features]``, float32, bfloat16 or float16.
+        rows: uint8 ``[out_features, row_bytes]``, contiguous, at any address.
+        bias: ``[out_features]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, a dtype or ``bits`` does not fit.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    arguments = (flat, rows, bits, bias, simd_name(simd))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        out = _call(_ops.quantised_linear.default, *arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():  # as in attend
+            out = _call(_ops.quantised_linear.default, *arguments)
+    return out.view(*x.shape[:-1], rows.shape[0])
+
+
 # ---- the drive's I/O, for memory of others ------------------------------------------------------------------------
 
 
@@ -873,6 +930,21 @@ def _(handle, values, dtype, row_begin, row_count, kv_begin, kv_end, num_kv_head
     return torch.empty((row_count, num_kv_heads, kv_end - kv_begin, head_dim), dtype=dtype)
 
 
+@torch.library.register_fake("torch_csd::quantise_rows")
+def _(weight, bits, simd):
+    return weight.new_empty((weight.shape[0], weight_row_bytes(bits, weight.shape[1])), dtype=torch.uint8)
+
+
+@torch.library.register_fake("torch_csd::dequantise_rows")
+def _(rows, bits, in_features, dtype, simd):
+    return rows.new_empty((rows.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.register_fake("torch_csd::quantised_linear")
+def _(x, rows, bits, bias, simd):
+    return x.new_empty((x.shape[0], rows.shape[0]))
+
+
 # ---- tensors on other devices: the query goes to the drive, the output comes back ----------------------------------
 
 
@@ -933,5 +1005,13 @@ def _no_backward(ctx, *gradients):
     )
 
 
+def _no_linear_backward(ctx, *gradients):
+    raise NotImplementedError(
+        "a linear layer on quantised rows is not differentiable; run inference under torch.no_grad(), or use "
+        "dequantise_rows and torch.nn.functional.linear"
+    )
+
+
 for _name in ("attend", "attend_sparse", "scores", "weighted_sum"):
     torch.library.register_autograd(f"torch_csd::{_name}", _no_backward)
+torch.library.register_autograd("torch_csd::quantised_linear", _no_linear_backward)

@@ -257,17 +257,65 @@ def quantise(values: Tensor, code_bits: int, dim: int) -> Tensor:
     Returns:
         float64, of the same shape.
     """
-    levels = 2**code_bits - 1
     values = values.float()
     low, high = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
-    zero = low.half()
-    zero = torch.where(zero.float() > low, torch.nextafter(zero, torch.full_like(zero, -torch.inf)), zero).float()
-    step = (high - zero) / levels
-    scale = step.half()
-    scale = torch.where(scale.float() < step, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale).float()
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    codes = torch.round((values - zero) * inverse).clamp(0, levels)
+    scale, zero = code_params(low, high, code_bits)
+    codes = nearest_codes(values, scale, zero, code_bits)
     return zero.double() + scale.double() * codes.double()
+
+
+def code_params(low: Tensor, high: Tensor, code_bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float16, of groups with these least and greatest values, float32.
+
+    Zero is the largest that is not above ``low``, scale the smallest with which the highest code reaches ``high``; 0
+    and NaN where these are not finite, or further apart than float32 reaches.
+    """
+    largest = torch.finfo(torch.float16).max
+    bottom = (low + 0.0).clamp(-largest, largest)  # + 0.0: never -0
+    zero = bottom.half()
+    zero = torch.where(zero.float() > bottom, torch.nextafter(zero, torch.full_like(zero, -torch.inf)), zero)
+    step = ((high - zero.float() + 0.0).clamp(min=0) / (2**code_bits - 1)).clamp(max=largest)
+    scale = step.half()
+    scale = torch.where(scale.float() < step, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
+    finite = (high - low).isfinite()
+    return torch.where(finite, scale, 0.0), torch.where(finite, zero, torch.nan)
+
+
+def nearest_codes(values: Tensor, scale: Tensor, zero: Tensor, code_bits: int) -> Tensor:
+    """Codes, as float32, of float32 ``values``; of a group that is not finite: 0."""
+    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
+    return torch.round((values - zero.float()) * inverse).nan_to_num(nan=0.0).clamp(0, 2**code_bits - 1)
+
+
+def quantise_rows(weight: Tensor, bits: int) -> Tensor:
+    """A linear layer's weight ``[out_features, in_features]`` as rows of bytes, uint8 (csrc/kernels/weights.h)."""
+    groups = list(weight.float().split(64, dim=1))
+    pairs, codes = [], []
+    for group in groups:
+        scale, zero = code_params(group.amin(1, keepdim=True), group.amax(1, keepdim=True), bits)
+        pairs.append(torch.cat([scale, zero], dim=1).view(torch.uint8))
+        code = nearest_codes(group, scale, zero, bits).to(torch.uint8)
+        code = torch.nn.functional.pad(code, (0, 64 - code.shape[1]))
+        codes.append(code if bits == 8 else code[:, :32] | code[:, 32:] << 4)
+    rows = torch.cat(codes + pairs, dim=1)
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 64))
+
+
+def dequantise_rows(rows: Tensor, *, bits: int, in_features: int) -> Tensor:
+    """What rows of bytes stand for: ``[out_features, in_features]``, float32."""
+    group_count, group_bytes = -(-in_features // 64), 64 * bits // 8
+    codes, pairs, _ = rows.tensor_split([group_count * group_bytes, group_count * (group_bytes + 4)], dim=1)
+    codes = codes.unflatten(1, (group_count, group_bytes))
+    if bits == 4:
+        codes = torch.cat([codes & 15, codes >> 4], dim=2)
+    scale, zero = pairs.clone().view(torch.float16).double().unflatten(1, (group_count, 2)).split(1, dim=2)
+    return (zero + scale * codes).flatten(1)[:, :in_features].float()
+
+
+def quantised_linear(x: Tensor, rows: Tensor, *, bits: int, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` in float64, ``[..., out_features]``."""
+    weight = dequantise_rows(rows, bits=bits, in_features=x.shape[-1]).double()
+    return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
 
 
 def stored(

@@ -11,6 +11,7 @@
 #include "kernels/pack.h"
 #include "kernels/quantise.h"
 #include "kernels/target.h"
+#include "kernels/weights.h"
 
 namespace csd {
 
@@ -1111,15 +1112,266 @@ void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, 
   all(v_codes, v_params, head_dim, token_begin, token_count, target_dtype, token_stride, target);
 }
 
+// ---- quantised rows of weights ----
+
+// How far ahead of its use a row is fetched, as in avx512.cpp.
+constexpr int64_t kWeightPrefetchBytes = 8 * 1024;
+
+// Groups whose parameters are chosen or widened at a time.
+constexpr int64_t kWeightBatch = 8;
+
+inline __m256i load_u8x8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Scale and zero, in turn, of `count` groups, count <= kWeightBatch.
+inline void load_weight_params(const uint8_t* pairs, int64_t count, float* params) {
+  alignas(16) uint16_t halves[2 * kWeightBatch] = {};
+  std::memcpy(halves, pairs, static_cast<size_t>(4 * count));
+  _mm256_store_ps(params, _mm256_cvtph_ps(load_u16x8(halves)));
+  _mm256_store_ps(params + 8, _mm256_cvtph_ps(load_u16x8(halves + 8)));
+}
+
+// Eight bytes of codes: values of features [8 * i, 8 * i + 8) of the group, and, of 4 bits, of those 32 on.
+template <int kBits>
+inline F32x16 load_weights(const uint8_t* codes, int64_t i, __m256 scale, __m256 zero) {
+  const __m256i bytes = load_u8x8(codes + 8 * i);
+  if (kBits == 8) return {_mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(bytes), zero), zero};
+  const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+  const __m256i high = _mm256_srli_epi32(bytes, 4);
+  return {_mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(low), zero),
+          _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(high), zero)};
+}
+
+// Up to eight elements, then zeros.
+template <typename D>
+inline __m256 load_x8(const typename D::Element* p, int64_t count) {
+  if (count >= 8) return D::ordered(D::template load<false>(p)).first;
+  alignas(32) typename D::Element elements[16] = {};
+  if (count > 0) std::memcpy(elements, p, static_cast<size_t>(count) * sizeof(*p));
+  return D::ordered(D::template load<true>(elements)).first;
+}
+
+inline __m256i first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+
+// The low bytes of eight words.
+inline void store_u8x8(uint8_t* p, __m256i x) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+template <int kBits, typename D>
+void quantise_weight_all(const void* source, int64_t in_features, uint8_t* row) {
+  const auto* elements = static_cast<const typename D::Element*>(source);
+  const int64_t group_count = weight_group_count(in_features);
+  const int64_t params_offset = weight_params_offset(kBits, in_features);
+  const __m256 top = _mm256_set1_ps(static_cast<float>((1 << kBits) - 1));
+  for (int64_t begin = 0; begin < group_count; begin += kWeightBatch) {
+    const int64_t count = group_count - begin < kWeightBatch ? group_count - begin : kWeightBatch;
+    alignas(32) float least[kWeightBatch] = {};
+    alignas(32) float greatest[kWeightBatch] = {};
+    alignas(32) float poison[kWeightBatch] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (begin + i) * kWeightGroup;
+      __m256 low = _mm256_set1_ps(kInfinity);
+      __m256 high = _mm256_set1_ps(-kInfinity);
+      __m256 nan = _mm256_setzero_ps();
+      for (int64_t j = 0; j < kWeightGroup && first + j < in_features; j += 8) {
+        const int64_t left = in_features - first - j;
+        const __m256 x = load_x8<D>(elements + first + j, left);
+        const __m256 there = _mm256_castsi256_ps(first_lanes(left < 8 ? left : 8));
+        low = _mm256_min_ps(low, _mm256_blendv_ps(_mm256_set1_ps(kInfinity), x, there));
+        high = _mm256_max_ps(high, _mm256_blendv_ps(_mm256_set1_ps(-kInfinity), x, there));
+        nan = _mm256_fmadd_ps(x, _mm256_setzero_ps(), nan);
+      }
+      least[i] = -reduce_max(_mm256_xor_ps(low, _mm256_set1_ps(-0.0f)));
+      greatest[i] = reduce_max(high);
+      poison[i] = reduce_add(nan);
+    }
+    const ParamsX8 params =
+        code_params_x8(kBits, _mm256_load_ps(least), _mm256_load_ps(greatest), _mm256_load_ps(poison));
+    alignas(32) uint16_t pairs[2 * kWeightBatch];
+    store_u16x16(pairs, interleave_u16x16(params.scale, params.zero));
+    std::memcpy(row + params_offset + 4 * begin, pairs, static_cast<size_t>(4 * count));
+    alignas(32) float zero[kWeightBatch];
+    alignas(32) float inverse[kWeightBatch];
+    _mm256_store_ps(zero, params.zero_f32);
+    _mm256_store_ps(inverse, params.inverse);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (begin + i) * kWeightGroup;
+      uint8_t* codes = row + (begin + i) * weight_group_bytes(kBits);
+      const auto code_of = [&](int64_t j) {
+        const int64_t left = in_features - first - j;
+        const __m256i code = code_x8(load_x8<D>(elements + first + j, left), _mm256_set1_ps(zero[i]),
+                                     _mm256_set1_ps(inverse[i]), top);
+        return _mm256_and_si256(code, first_lanes(left < 8 ? left : 8));
+      };
+      for (int64_t j = 0; j < kWeightGroup * kBits / 8; j += 8) {
+        const __m256i bytes =
+            kBits == 8 ? code_of(j)
+                       : _mm256_or_si256(code_of(j), _mm256_slli_epi32(code_of(j + kWeightGroup / 2), 4));
+        store_u8x8(codes + j, bytes);
+      }
+    }
+  }
+  const int64_t end = params_offset + 4 * group_count;
+  std::memset(row + end, 0, static_cast<size_t>(weight_row_bytes(kBits, in_features) - end));
+}
+
+template <int kBits>
+void quantise_weight_of(DType source_dtype, const void* source, int64_t in_features, uint8_t* row) {
+  switch (source_dtype) {
+    case DType::kFloat32:
+      return quantise_weight_all<kBits, Float32>(source, in_features, row);
+    case DType::kBFloat16:
+      return quantise_weight_all<kBits, BFloat16>(source, in_features, row);
+    case DType::kFloat16:
+      return quantise_weight_all<kBits, Float16>(source, in_features, row);
+  }
+}
+
+void quantise_weight_row(int code_bits, DType source_dtype, const void* source, int64_t in_features,
+                         uint8_t* row) {
+  const auto of = code_bits == 4 ? quantise_weight_of<4> : quantise_weight_of<8>;
+  of(source_dtype, source, in_features, row);
+}
+
+template <int kBits>
+void dequantise_weight_of(const uint8_t* row, int64_t in_features, DType target_dtype, void* target) {
+  const int64_t group_count = weight_group_count(in_features);
+  const uint8_t* pairs = row + weight_params_offset(kBits, in_features);
+  for (int64_t begin = 0; begin < group_count; begin += kWeightBatch) {
+    const int64_t end = begin + kWeightBatch < group_count ? begin + kWeightBatch : group_count;
+    alignas(32) float params[2 * kWeightBatch];
+    load_weight_params(pairs + 4 * begin, end - begin, params);
+    alignas(32) float values[kWeightBatch * kWeightGroup];
+    for (int64_t g = begin; g < end; ++g) {
+      const uint8_t* codes = row + g * weight_group_bytes(kBits);
+      float* group = values + (g - begin) * kWeightGroup;
+      const __m256 scale = _mm256_set1_ps(params[2 * (g - begin)]);
+      const __m256 zero = _mm256_set1_ps(params[2 * (g - begin) + 1]);
+      CSD_UNROLL
+      for (int64_t i = 0; i < kBits; ++i) {
+        const F32x16 weights = load_weights<kBits>(codes, i, scale, zero);
+        _mm256_store_ps(group + 8 * i, weights.first);
+        if (kBits == 4) _mm256_store_ps(group + kWeightGroup / 2 + 8 * i, weights.second);
+      }
+    }
+    const int64_t first = begin * kWeightGroup;
+    const int64_t count = in_features - first;
+    store(target_dtype, values, 1.0f,
+          count < kWeightBatch * kWeightGroup ? count : kWeightBatch * kWeightGroup,
+          static_cast<char*>(target) + first * element_bytes(target_dtype));
+  }
+}
+
+void dequantise_weight_row(int code_bits, const uint8_t* row, int64_t in_features, DType target_dtype,
+                           void* target) {
+  const auto of = code_bits == 4 ? dequantise_weight_of<4> : dequantise_weight_of<8>;
+  of(row, in_features, target_dtype, target);
+}
+
+// kX rows of x by one row of the weight. Each product has a chain of sums of its own, and as many as keep two
+// multiply-adds a cycle busy, which take four.
+template <int kBits, int kX>
+void weight_dots_row(const float* x, const uint8_t* row, int64_t group_count, int64_t ahead_bytes, float* out,
+                     int64_t out_stride) {
+  constexpr int64_t kGroupBytes = weight_group_bytes(kBits);
+  constexpr int kChains = kX == 1 ? 8 : kX == 2 ? 4 : 2;
+  const int64_t x_stride = group_count * kWeightGroup;
+  __m256 sum[kX][kChains];
+  CSD_UNROLL
+  for (int m = 0; m < kX; ++m) {
+    CSD_UNROLL
+    for (int c = 0; c < kChains; ++c) sum[m][c] = _mm256_setzero_ps();
+  }
+  for (int64_t begin = 0; begin < group_count; begin += kWeightBatch) {
+    const int64_t end = begin + kWeightBatch < group_count ? begin + kWeightBatch : group_count;
+    alignas(32) float params[2 * kWeightBatch];
+    load_weight_params(row + group_count * kGroupBytes + 4 * begin, end - begin, params);
+    for (int64_t g = begin; g < end; ++g) {
+      const uint8_t* codes = row + g * kGroupBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead_bytes, _MM_HINT_T0);
+      const __m256 scale = _mm256_set1_ps(params[2 * (g - begin)]);
+      const __m256 zero = _mm256_set1_ps(params[2 * (g - begin) + 1]);
+      CSD_UNROLL
+      for (int i = 0; i < kBits; ++i) {
+        const F32x16 weights = load_weights<kBits>(codes, i, scale, zero);
+        CSD_UNROLL
+        for (int m = 0; m < kX; ++m) {
+          const float* x_part = x + m * x_stride + g * kWeightGroup + 8 * i;
+          __m256& first = sum[m][(kBits == 4 ? 2 * i : i) % kChains];
+          first = _mm256_fmadd_ps(_mm256_load_ps(x_part), weights.first, first);
+          if (kBits == 4) {
+            __m256& second = sum[m][(2 * i + 1) % kChains];
+            second = _mm256_fmadd_ps(_mm256_load_ps(x_part + kWeightGroup / 2), weights.second, second);
+          }
+        }
+      }
+    }
+  }
+  CSD_UNROLL
+  for (int m = 0; m < kX; ++m) {
+    __m256 total = sum[m][0];
+    CSD_UNROLL
+    for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, sum[m][c]);
+    out[m * out_stride] = reduce_add(total);
+  }
+}
+
+// Rows of x that are taken at once: of more, the sums would leave the registers.
+constexpr int64_t kWeightRowBlock = 4;
+
+template <int kBits>
+void weight_dots_of(const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
+                    int64_t in_features, float* out, int64_t out_stride) {
+  using Row = void (*)(const float*, const uint8_t*, int64_t, int64_t, float*, int64_t);
+  static constexpr Row kRow[] = {weight_dots_row<kBits, 1>, weight_dots_row<kBits, 2>,
+                                 weight_dots_row<kBits, 3>, weight_dots_row<kBits, 4>};
+  const int64_t group_count = weight_group_count(in_features);
+  for (int64_t n = 0; n < row_count; ++n, rows += weight_row_bytes(kBits, in_features)) {
+    for (int64_t m = 0, block; m < x_count; m += block) {
+      block = next_rows(x_count - m, kWeightRowBlock);
+      kRow[block - 1](x + m * group_count * kWeightGroup, rows, group_count,
+                      m == 0 ? kWeightPrefetchBytes : 0, out + m * out_stride + n, out_stride);
+    }
+  }
+}
+
+void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
+                 int64_t in_features, float* out, int64_t out_stride) {
+  const auto of = code_bits == 4 ? weight_dots_of<4> : weight_dots_of<8>;
+  of(x, x_count, rows, row_count, in_features, out, out_stride);
+}
+
 }  // namespace
 
 CSD_TARGET_END
 
 const Kernels kAvx2Kernels = {
-    "avx2",       score_tile,   softmax_row,      accumulate_tile, blend,
-    load,         store,        pack_k,           pack_v,          unpack_k,
-    unpack_v,     score_codes,  accumulate_codes, quantise_k,      quantise_v,
-    dequantise_k, dequantise_v,
+    "avx2",
+    score_tile,
+    softmax_row,
+    accumulate_tile,
+    blend,
+    load,
+    store,
+    pack_k,
+    pack_v,
+    unpack_k,
+    unpack_v,
+    score_codes,
+    accumulate_codes,
+    quantise_k,
+    quantise_v,
+    dequantise_k,
+    dequantise_v,
+    quantise_weight_row,
+    dequantise_weight_row,
+    weight_dots,
 };
 
 }  // namespace csd

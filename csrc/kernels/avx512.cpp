@@ -12,11 +12,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/kernels.h"
 #include "kernels/pack.h"
 #include "kernels/quantise.h"
 #include "kernels/target.h"
+#include "kernels/weights.h"
 
 namespace csd {
 
@@ -1092,6 +1094,259 @@ void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, 
   all(v_codes, v_params, head_dim, token_begin, token_count, target_dtype, token_stride, target);
 }
 
+// ---- quantised rows of weights ----
+
+// How far ahead of its use a row is fetched.
+constexpr int64_t kWeightPrefetchBytes = 8 * 1024;
+
+// Groups whose parameters are widened at a time: a register of them.
+constexpr int64_t kWeightBatch = 8;
+
+// Scale and zero, in turn, of groups [0, count), count <= kWeightBatch; the others are not touched.
+inline void load_weight_params(const uint8_t* pairs, int64_t count, float* params) {
+  const __mmask16 mask = first_half(mask_of(2 * count));
+  _mm512_store_ps(params, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, pairs)));
+}
+
+struct F32x64 {
+  __m512 part[4];
+};
+
+inline F32x64 load_weights_of(std::integral_constant<int, 8>, const uint8_t* codes, __m512 scale,
+                              __m512 zero) {
+  F32x64 result;
+  CSD_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m512i code =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
+    result.part[j] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(code), zero);
+  }
+  return result;
+}
+
+// The sixteen values that there can be are computed, and chosen by code: an index's upper bits do not count.
+inline F32x64 load_weights_of(std::integral_constant<int, 4>, const uint8_t* codes, __m512 scale,
+                              __m512 zero) {
+  const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 values = _mm512_fmadd_ps(scale, code, zero);
+  F32x64 result;
+  CSD_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    const __m512i pair =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
+    result.part[j] = _mm512_permutexvar_ps(pair, values);
+    result.part[j + 2] = _mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), values);
+  }
+  return result;
+}
+
+// One group's values, in order.
+template <int kBits>
+inline F32x64 load_weights(const uint8_t* codes, const float* params) {
+  return load_weights_of(std::integral_constant<int, kBits>(), codes, _mm512_set1_ps(params[0]),
+                         _mm512_set1_ps(params[1]));
+}
+
+template <int kBits, typename D>
+void quantise_weight_all(const void* source, int64_t in_features, uint8_t* row) {
+  const auto* elements = static_cast<const typename D::Element*>(source);
+  const int64_t group_count = weight_group_count(in_features);
+  const int64_t params_offset = weight_params_offset(kBits, in_features);
+  const __m512 top = _mm512_set1_ps(static_cast<float>((1 << kBits) - 1));
+  for (int64_t begin = 0; begin < group_count; begin += 16) {
+    const int64_t count = group_count - begin < 16 ? group_count - begin : 16;
+    alignas(64) float least[16] = {};
+    alignas(64) float greatest[16] = {};
+    alignas(64) float poison[16] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (begin + i) * kWeightGroup;
+      __m512 low = _mm512_set1_ps(kInfinity);
+      __m512 high = _mm512_set1_ps(-kInfinity);
+      __m512 nan = _mm512_setzero_ps();
+      CSD_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const __mmask16 mask = first_half(mask_of(in_features - first - 16 * j));
+        const __m512 x = load_x16<D>(elements + first + 16 * j, mask);
+        low = _mm512_mask_min_ps(low, mask, low, x);
+        high = _mm512_mask_max_ps(high, mask, high, x);
+        nan = _mm512_fmadd_ps(x, _mm512_setzero_ps(), nan);
+      }
+      least[i] = _mm512_reduce_min_ps(low);
+      greatest[i] = _mm512_reduce_max_ps(high);
+      poison[i] = _mm512_reduce_add_ps(nan);
+    }
+    const Params16 params =
+        code_params_x16(kBits, _mm512_load_ps(least), _mm512_load_ps(greatest), _mm512_load_ps(poison));
+    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(params.scale),
+                                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(params.zero), 16));
+    _mm512_mask_storeu_epi32(row + params_offset + 4 * begin, first_half(mask_of(count)), pairs);
+    alignas(64) float zero[16];
+    alignas(64) float inverse[16];
+    _mm512_store_ps(zero, params.zero_f32);
+    _mm512_store_ps(inverse, params.inverse);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = (begin + i) * kWeightGroup;
+      uint8_t* codes = row + (begin + i) * weight_group_bytes(kBits);
+      __m512i code[4];
+      CSD_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const __mmask16 mask = first_half(mask_of(in_features - first - 16 * j));
+        const __m512 x = load_x16<D>(elements + first + 16 * j, mask);
+        code[j] = _mm512_maskz_mov_epi32(
+            mask, code_x16(x, _mm512_set1_ps(zero[i]), _mm512_set1_ps(inverse[i]), top));
+      }
+      CSD_UNROLL
+      for (int j = 0; j < kBits / 2; ++j) {
+        const __m512i bytes =
+            kBits == 8 ? code[j] : _mm512_or_si512(code[j], _mm512_slli_epi32(code[(j + 2) % 4], 4));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * j), _mm512_cvtepi32_epi8(bytes));
+      }
+    }
+  }
+  const int64_t end = params_offset + 4 * group_count;
+  std::memset(row + end, 0, static_cast<size_t>(weight_row_bytes(kBits, in_features) - end));
+}
+
+template <int kBits>
+void quantise_weight_of(DType source_dtype, const void* source, int64_t in_features, uint8_t* row) {
+  switch (source_dtype) {
+    case DType::kFloat32:
+      return quantise_weight_all<kBits, Float32>(source, in_features, row);
+    case DType::kBFloat16:
+      return quantise_weight_all<kBits, BFloat16>(source, in_features, row);
+    case DType::kFloat16:
+      return quantise_weight_all<kBits, Float16>(source, in_features, row);
+  }
+}
+
+void quantise_weight_row(int code_bits, DType source_dtype, const void* source, int64_t in_features,
+                         uint8_t* row) {
+  const auto of = code_bits == 4 ? quantise_weight_of<4> : quantise_weight_of<8>;
+  of(source_dtype, source, in_features, row);
+}
+
+template <int kBits, typename D>
+void dequantise_weight_all(const uint8_t* row, int64_t in_features, void* target) {
+  auto* elements = static_cast<typename D::Element*>(target);
+  const int64_t group_count = weight_group_count(in_features);
+  const uint8_t* pairs = row + weight_params_offset(kBits, in_features);
+  for (int64_t begin = 0; begin < group_count; begin += kWeightBatch) {
+    const int64_t end = begin + kWeightBatch < group_count ? begin + kWeightBatch : group_count;
+    alignas(64) float params[2 * kWeightBatch];
+    load_weight_params(pairs + 4 * begin, end - begin, params);
+    for (int64_t g = begin; g < end; ++g) {
+      const F32x64 weights =
+          load_weights<kBits>(row + g * weight_group_bytes(kBits), params + 2 * (g - begin));
+      const int64_t first = g * kWeightGroup;
+      D::store(elements + first, mask_of(in_features - first), {weights.part[0], weights.part[1]});
+      D::store(elements + first + 32, mask_of(in_features - first - 32), {weights.part[2], weights.part[3]});
+    }
+  }
+}
+
+template <int kBits>
+void dequantise_weight_of(const uint8_t* row, int64_t in_features, DType target_dtype, void* target) {
+  switch (target_dtype) {
+    case DType::kFloat32:
+      return dequantise_weight_all<kBits, Float32>(row, in_features, target);
+    case DType::kBFloat16:
+      return dequantise_weight_all<kBits, BFloat16>(row, in_features, target);
+    case DType::kFloat16:
+      return dequantise_weight_all<kBits, Float16>(row, in_features, target);
+  }
+}
+
+void dequantise_weight_row(int code_bits, const uint8_t* row, int64_t in_features, DType target_dtype,
+                           void* target) {
+  const auto of = code_bits == 4 ? dequantise_weight_of<4> : dequantise_weight_of<8>;
+  of(row, in_features, target_dtype, target);
+}
+
+// kX rows of x by kRows adjacent rows of the weight. Each product has a chain of sums of its own, and as many
+// as keep two multiply-adds a cycle busy, which take four.
+template <int kBits, int kX, int kRows>
+void weight_dots_block(const float* x, const uint8_t* rows, int64_t row_bytes, int64_t group_count,
+                       int64_t ahead_bytes, float* out, int64_t out_stride) {
+  constexpr int64_t kGroupBytes = weight_group_bytes(kBits);
+  constexpr int kChains = kX * kRows >= 6 ? 1 : kX * kRows >= 3 ? 2 : 4;
+  const int64_t x_stride = group_count * kWeightGroup;
+  __m512 sum[kRows][kX][kChains];
+  CSD_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CSD_UNROLL
+    for (int m = 0; m < kX; ++m) {
+      CSD_UNROLL
+      for (int c = 0; c < kChains; ++c) sum[r][m][c] = _mm512_setzero_ps();
+    }
+  }
+  const int64_t params_offset = group_count * kGroupBytes;
+  for (int64_t begin = 0; begin < group_count; begin += kWeightBatch) {
+    const int64_t end = begin + kWeightBatch < group_count ? begin + kWeightBatch : group_count;
+    alignas(64) float params[kRows][2 * kWeightBatch];
+    CSD_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      load_weight_params(rows + r * row_bytes + params_offset + 4 * begin, end - begin, params[r]);
+    }
+    for (int64_t g = begin; g < end; ++g) {
+      F32x64 weights[kRows];
+      CSD_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* codes = rows + r * row_bytes + g * kGroupBytes;
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead_bytes, _MM_HINT_T0);
+        weights[r] = load_weights<kBits>(codes, params[r] + 2 * (g - begin));
+      }
+      CSD_UNROLL
+      for (int m = 0; m < kX; ++m) {
+        CSD_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const __m512 x_part = _mm512_load_ps(x + m * x_stride + g * kWeightGroup + 16 * j);
+          CSD_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            __m512& chain = sum[r][m][j % kChains];
+            chain = _mm512_fmadd_ps(x_part, weights[r].part[j], chain);
+          }
+        }
+      }
+    }
+  }
+  CSD_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CSD_UNROLL
+    for (int m = 0; m < kX; ++m) {
+      __m512 total = sum[r][m][0];
+      CSD_UNROLL
+      for (int c = 1; c < kChains; ++c) total = _mm512_add_ps(total, sum[r][m][c]);
+      out[m * out_stride + r] = _mm512_reduce_add_ps(total);
+    }
+  }
+}
+
+template <int kBits, int kX>
+void weight_dots_rows(const float* x, const uint8_t* rows, int64_t row_count, int64_t in_features, float* out,
+                      int64_t out_stride) {
+  const int64_t row_bytes = weight_row_bytes(kBits, in_features);
+  const int64_t group_count = weight_group_count(in_features);
+  int64_t n = 0;
+  for (; n + 2 <= row_count; n += 2) {
+    weight_dots_block<kBits, kX, 2>(x, rows + n * row_bytes, row_bytes, group_count, kWeightPrefetchBytes,
+                                    out + n, out_stride);
+  }
+  if (n < row_count) {
+    weight_dots_block<kBits, kX, 1>(x, rows + n * row_bytes, row_bytes, group_count, 0, out + n, out_stride);
+  }
+}
+
+void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
+                 int64_t in_features, float* out, int64_t out_stride) {
+  using Rows = void (*)(const float*, const uint8_t*, int64_t, int64_t, float*, int64_t);
+  static constexpr Rows kRows[2][kWeightDotsMax] = {
+      {weight_dots_rows<4, 1>, weight_dots_rows<4, 2>, weight_dots_rows<4, 3>, weight_dots_rows<4, 4>,
+       weight_dots_rows<4, 5>, weight_dots_rows<4, 6>, weight_dots_rows<4, 7>, weight_dots_rows<4, 8>},
+      {weight_dots_rows<8, 1>, weight_dots_rows<8, 2>, weight_dots_rows<8, 3>, weight_dots_rows<8, 4>,
+       weight_dots_rows<8, 5>, weight_dots_rows<8, 6>, weight_dots_rows<8, 7>, weight_dots_rows<8, 8>}};
+  kRows[code_bits == 8][x_count - 1](x, rows, row_count, in_features, out, out_stride);
+}
+
 }  // namespace
 
 CSD_TARGET_END
@@ -1114,6 +1369,9 @@ const Kernels kAvx512Kernels = {
     quantise_v,
     dequantise_k,
     dequantise_v,
+    quantise_weight_row,
+    dequantise_weight_row,
+    weight_dots,
 };
 
 const Kernels kAvx512VnniKernels = {
@@ -1134,6 +1392,9 @@ const Kernels kAvx512VnniKernels = {
     quantise_v,
     dequantise_k,
     dequantise_v,
+    quantise_weight_row,
+    dequantise_weight_row,
+    weight_dots,
 };
 
 }  // namespace csd

@@ -103,6 +103,23 @@ struct Kernels {
   void (*dequantise_v)(int code_bits, const void* v_codes, const uint16_t* v_params, int64_t head_dim,
                        int64_t token_begin, int64_t token_count, DType target_dtype, int64_t token_stride,
                        void* target);
+
+  // ---- quantised rows of a linear layer's weight: code_bits is 8 or 4, weights.h says how they lie ----
+
+  // Writes all weight_row_bytes of one row; the source's elements are adjacent. Every table writes the same.
+  void (*quantise_weight_row)(int code_bits, DType source_dtype, const void* source, int64_t in_features,
+                              uint8_t* row);
+
+  // The row's in_features values, rounded to target_dtype; the same from every table.
+  void (*dequantise_weight_row)(int code_bits, const uint8_t* row, int64_t in_features, DType target_dtype,
+                                void* target);
+
+  // out[m * out_stride + n] = sum over i of x[m][i] * value i of row n, for adjacent rows. The values are
+  // those that dequantise_weight_row gives in fp32, so tables differ by the order of the sum only. x:
+  // [x_count][group_count * kWeightGroup] fp32, 64-byte aligned, 0 from in_features on; 1 <= x_count <=
+  // kWeightDotsMax.
+  void (*weight_dots)(int code_bits, const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
+                      int64_t in_features, float* out, int64_t out_stride);
 };
 
 extern const Kernels kSerialKernels;

@@ -7,6 +7,7 @@
 #include "kernels/kernels.h"
 #include "kernels/pack.h"
 #include "kernels/quantise.h"
+#include "kernels/weights.h"
 
 namespace csd {
 namespace {
@@ -280,6 +281,9 @@ const Kernels kSerialKernels = {
     plain::quantise_v,
     plain::dequantise_k,
     plain::dequantise_v,
+    plain::quantise_weight_row,
+    plain::dequantise_weight_row,
+    plain::weight_dots,
 };
 
 }  // namespace csd

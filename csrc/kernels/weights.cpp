@@ -1,0 +1,110 @@
+#include "kernels/weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/kernels.h"
+#include "kernels/quantise.h"
+
+namespace csd {
+namespace {
+
+uint8_t get_code(const uint8_t* group, int code_bits, int64_t i) {
+  if (code_bits == 8) return group[i];
+  return i < kWeightGroup / 2 ? group[i] & 15 : group[i - kWeightGroup / 2] >> 4;
+}
+
+void put_code(uint8_t* group, int code_bits, int64_t i, uint8_t code) {
+  if (code_bits == 8) {
+    group[i] = code;
+  } else if (i < kWeightGroup / 2) {
+    group[i] |= code;
+  } else {
+    group[i - kWeightGroup / 2] |= static_cast<uint8_t>(code << 4);
+  }
+}
+
+// All kWeightGroup values of group g.
+void dequantise_group(int code_bits, const uint8_t* row, int64_t in_features, int64_t g, float* values) {
+  uint16_t params[2];
+  std::memcpy(params, row + weight_params_offset(code_bits, in_features) + 4 * g, sizeof(params));
+  const float scale = half_to_float(params[0]);
+  const float zero = half_to_float(params[1]);
+  const uint8_t* codes = row + g * weight_group_bytes(code_bits);
+  // The product is exact: 11 bits by 8. So a fused multiply-add gives the same.
+  for (int64_t i = 0; i < kWeightGroup; ++i) {
+    values[i] = zero + scale * static_cast<float>(get_code(codes, code_bits, i));
+  }
+}
+
+}  // namespace
+
+namespace plain {
+
+void quantise_weight_row(int code_bits, DType source_dtype, const void* source, int64_t in_features,
+                         uint8_t* row) {
+  const float top = static_cast<float>((1 << code_bits) - 1);
+  std::memset(row, 0, static_cast<size_t>(weight_row_bytes(code_bits, in_features)));
+  uint8_t* pairs = row + weight_params_offset(code_bits, in_features);
+  for (int64_t g = 0; g < weight_group_count(in_features); ++g) {
+    const int64_t begin = g * kWeightGroup;
+    const int64_t count = std::min(in_features - begin, kWeightGroup);
+    float values[kWeightGroup];
+    kSerialKernels.load(source_dtype, static_cast<const char*>(source) + begin * element_bytes(source_dtype),
+                        1.0f, count, values);
+    float least = std::numeric_limits<float>::infinity();
+    float greatest = -least;
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      finite = finite && std::isfinite(values[i]);
+      least = std::fmin(least, values[i]);
+      greatest = std::fmax(greatest, values[i]);
+    }
+    float inverse, zero;
+    const CodeParams params = code_params(code_bits, finite ? least : -std::numeric_limits<float>::infinity(),
+                                          greatest, &inverse, &zero);
+    const uint16_t pair[2] = {params.scale, params.zero};
+    std::memcpy(pairs + 4 * g, pair, sizeof(pair));
+    for (int64_t i = 0; i < count; ++i) {
+      const float code = std::nearbyint((values[i] - zero) * inverse);
+      const float clamped = code > 0.0f ? std::fmin(code, top) : 0.0f;  // a NaN becomes 0
+      put_code(row + g * weight_group_bytes(code_bits), code_bits, i, static_cast<uint8_t>(clamped));
+    }
+  }
+}
+
+void dequantise_weight_row(int code_bits, const uint8_t* row, int64_t in_features, DType target_dtype,
+                           void* target) {
+  for (int64_t g = 0; g < weight_group_count(in_features); ++g) {
+    float values[kWeightGroup];
+    dequantise_group(code_bits, row, in_features, g, values);
+    const int64_t begin = g * kWeightGroup;
+    kSerialKernels.store(target_dtype, values, 1.0f, std::min(in_features - begin, kWeightGroup),
+                         static_cast<char*>(target) + begin * element_bytes(target_dtype));
+  }
+}
+
+void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
+                 int64_t in_features, float* out, int64_t out_stride) {
+  const int64_t group_count = weight_group_count(in_features);
+  for (int64_t n = 0; n < row_count; ++n) {
+    const uint8_t* row = rows + n * weight_row_bytes(code_bits, in_features);
+    float sum[kWeightDotsMax] = {};
+    for (int64_t g = 0; g < group_count; ++g) {
+      float values[kWeightGroup];
+      dequantise_group(code_bits, row, in_features, g, values);
+      for (int64_t m = 0; m < x_count; ++m) {
+        const float* x_group = x + (m * group_count + g) * kWeightGroup;
+        float group_sum = 0.0f;
+        for (int64_t i = 0; i < kWeightGroup; ++i) group_sum += x_group[i] * values[i];
+        sum[m] += group_sum;
+      }
+    }
+    for (int64_t m = 0; m < x_count; ++m) out[m * out_stride + n] = sum[m];
+  }
+}
+
+}  // namespace plain
+}  // namespace csd

@@ -1,0 +1,52 @@
+"""The linear layer on quantised rows, by whichever of two ways is faster for so many rows of x."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_csd import ops
+
+# Rows of x up to which our kernel is faster than dequantising and torch's GEMM.
+X_ROWS_MAX = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
+
+# Of dequantised rows at a time: they are still in the cache when the GEMM reads them.
+BLOCK_BYTES = 4 * 2**20
+
+
+def quantised_linear(
+    x: Tensor,
+    rows: Tensor,
+    *,
+    bits: int,
+    in_features: int,
+    bias: Tensor | None = None,
+    simd: str | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias``: ``[..., out_features]`` in x's dtype.
+
+    For few rows of x in float32 until it is rounded to x's dtype. For many the weight is rounded to x's dtype first,
+    and torch multiplies as it does.
+
+    Args:
+        x: ``[..., in_features]``, float32, bfloat16 or float16.
+        rows: uint8 ``[out_features, row_bytes]``, contiguous, at any address (csrc/kernels/weights.h).
+        bias: ``[out_features]`` in x's dtype.
+        simd: as in :class:`KVStore`.
+
+    Raises:
+        ValueError: a shape, a dtype or ``bits`` does not fit.
+    """
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x must have {in_features} features, as the weight, got {x.shape[-1]}")
+    x_rows = x.numel() // in_features
+    if x_rows <= X_ROWS_MAX.get(x.dtype, x_rows):
+        return ops.quantised_linear(x, rows, bits=bits, bias=bias, simd=simd)
+    out = x.new_empty((*x.shape[:-1], rows.shape[0]))
+    step = max(1, BLOCK_BYTES // (in_features * x.element_size()))
+    for begin in range(0, rows.shape[0], step):
+        block = slice(begin, begin + step)
+        weight = ops.dequantise_rows(rows[block], bits=bits, in_features=in_features, dtype=x.dtype, simd=simd)
+        out[..., block] = F.linear(x, weight, None if bias is None else bias[block])
+    return out
