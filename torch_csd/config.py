@@ -116,6 +116,11 @@ def simd_name(simd: str | None) -> str:
     return simd or os.environ.get("TORCH_CSD_SIMD") or "auto"
 
 
+def scratch_directory(directory: str | os.PathLike[str] | None) -> str:
+    """The absolute path of ``directory``, which falls back to ``$TORCH_CSD_DIRECTORY``, then to the temporary one."""
+    return directory_path(directory or os.environ.get("TORCH_CSD_DIRECTORY") or tempfile.gettempdir())
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Everything a drive is opened with. Frozen: nothing changes behind an open store."""
@@ -161,8 +166,6 @@ class StoreConfig:
         ``$TORCH_CSD_SIMD``, then to the fastest the processor has; ``io_engine`` ``"auto"`` to
         ``$TORCH_CSD_IO_ENGINE``; ``threads`` to torch's.
         """
-        if directory is None:
-            directory = os.environ.get("TORCH_CSD_DIRECTORY") or tempfile.gettempdir()
         io_engine = parse_io_engine(io_engine)
         for name, value, known in (("executor", executor, EXECUTORS), ("gpu_io", gpu_io, GPU_IO_PATHS)):
             if value not in known:
@@ -170,7 +173,7 @@ class StoreConfig:
         if threads is None:
             threads = torch.get_num_threads()
         return StoreConfig(
-            directory=directory_path(directory),
+            directory=scratch_directory(directory),
             memory_budget_bytes=parse_bytes(memory_budget),
             kv_dtype=parse_kv_dtype(kv_dtype),
             io_engine=io_engine,

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _get_model_class
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -21,14 +22,18 @@ from transformers.utils import (
     cached_file,
 )
 
-from torch_csd.config import parse_bytes
+from torch_csd.config import parse_bytes, scratch_directory
 from torch_csd.errors import CheckpointError
 from torch_csd.hf.swap import swap_attention
+from torch_csd.weights.convert import WEIGHT_BITS, Target, conversion_path, convert
 from torch_csd.weights.files import Header, read_header
 from torch_csd.weights.functions import SMALL_BYTES
-from torch_csd.weights.layout import Layout, Region, byte_count
+from torch_csd.weights.layout import Layout, Region, as_read, byte_count
 from torch_csd.weights.stream import Stream
 from torch_csd.weights.tensor import FileTensor
+
+# Modules that choose experts: small, and every choice depends on them.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +45,9 @@ def load_checkpoint(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str = "csd",
     *,
+    weight_dtype: str | None = None,
+    weight_directory: str | os.PathLike[str] | None = None,
+    verify_weights: bool = False,
     io_engine: str = "auto",
     queue_depth: int = 32,
     auto_class: type = AutoModelForCausalLM,
@@ -56,6 +64,12 @@ def load_checkpoint(
         device: that the model computes on.
         dtype: "auto": the checkpoint's; or one that weights are converted to whenever they are read.
         attn_implementation: "csd" (torch_csd.swap_attention), or one of transformers' own.
+        weight_dtype: "int8" or "int4": linear layers and experts are computed from quantised copies, group-wise over 64
+            input features (FlexGen, 2303.06865), which are made once, below ``weight_directory``. Embeddings, norms and
+            routers stay as they are; the head has int8 at least.
+        weight_directory: for these copies: half or a quarter of the checkpoint. Default: $TORCH_CSD_DIRECTORY, else the
+            temporary directory.
+        verify_weights: reads all of the copies first, and compares them with their checksums.
         io_engine: "auto", "io_uring" or "pread".
         queue_depth: reads in flight, of 1 MiB.
         auto_class: which of transformers' auto classes says what the model is.
@@ -65,6 +79,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file is missing, cut short, or its header is wrong; there are no safetensors files.
         MemoryBudgetError: ``memory_budget`` is too small. ValueError: a bad argument.
+        StoreFullError, StoreBusyError, StoreCorruptError: of the quantised copies: no room, another process makes them,
+        or they are not as they were written.
         OSError: as transformers raises it, for a name that it does not find.
 
     Example:
@@ -72,6 +88,10 @@ def load_checkpoint(
         >>> model.generate(**inputs, past_key_values=torch_csd.StorageCache(model.config, "/nvme/kv"))
     """
     budget_bytes = parse_bytes(memory_budget)
+    if weight_dtype is not None and weight_dtype not in WEIGHT_BITS:
+        raise ValueError(
+            f"weight_dtype must be one of {', '.join(WEIGHT_BITS)} or None (as stored), got {weight_dtype!r}"
+        )
     path = os.fspath(path_or_name)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
     _check_quantisation(config, path)
@@ -92,8 +112,10 @@ def load_checkpoint(
     if model.can_generate():
         model.generation_config = _generation_config(path, config, hub)
     model.requires_grad_(False).eval()
-    _expect(model, stream)
     model.weight_stream = stream
+    if weight_dtype is not None:
+        _quantise(model, weight_dtype, scratch_directory(weight_directory), verify_weights)
+    _expect(model, stream)
     return model.to(device)
 
 
@@ -214,10 +236,62 @@ def _generation_config(path: str, config: PretrainedConfig, hub: dict[str, Any])
         return GenerationConfig.from_model_config(config)
 
 
+def _quantise(model: PreTrainedModel, weight_dtype: str, directory: str, verify: bool) -> None:
+    """Puts quantised copies in the place of the weights of linear layers and experts."""
+    head = model.get_output_embeddings()
+    targets: dict[int, Target] = {}  # by id of the parameter
+    places: list[tuple[nn.Module, str, FileTensor, bool]] = []
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if not (isinstance(parameter, FileTensor) and _is_quantisable(path, module, parameter)):
+                continue
+            # Conv1D and some experts have [..., in, out].
+            transposed = isinstance(module, Conv1D) or (
+                parameter.dim() == 3 and getattr(module, "is_transposed", False)
+            )
+            places.append((module, name, parameter, transposed))
+            if id(parameter) not in targets:
+                layout = (parameter.mT if transposed else parameter)._layout
+                bits = max(WEIGHT_BITS[weight_dtype], 8 if module is head else 0)
+                targets[id(parameter)] = Target(f"{path}.{name}", layout, bits, parameter.dtype)
+    wanted = list(targets.values())
+    path = conversion_path(os.path.join(directory, "torch_csd-weights"), _name(model, weight_dtype), wanted)
+    made = convert(wanted, model.weight_stream, path, verify=verify, progress=_Progress(weight_dtype))
+    for module, name, parameter, transposed in places:
+        codes = FileTensor(
+            made[targets[id(parameter)].name], model.weight_stream, dtype=parameter.dtype, device=parameter.device
+        )
+        module._parameters[name] = nn.Parameter(codes.mT if transposed else codes, requires_grad=False)
+
+
+def _is_quantisable(path: str, module: nn.Module, parameter: FileTensor) -> bool:
+    if path.rpartition(".")[2] in _ROUTERS:
+        return False
+    return parameter.dim() == 3 or (isinstance(module, (nn.Linear, Conv1D)) and parameter.dim() == 2)
+
+
+def _name(model: PreTrainedModel, weight_dtype: str) -> str:
+    return f"{os.path.basename(os.path.normpath(model.name_or_path))}-{weight_dtype}"
+
+
+class _Progress:
+    """A bar, as transformers has it, of a conversion that takes a while."""
+
+    def __init__(self, weight_dtype: str) -> None:
+        self.text = f"Converting weights to {weight_dtype}"
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = transformers.utils.logging.tqdm(desc=self.text, total=total, unit="B", unit_scale=True)
+        self.bar.update(done - self.bar.n if hasattr(self.bar, "n") else 0)
+        if done == total:
+            self.bar.close()
+
+
 def _expect(model: PreTrainedModel, stream: Stream) -> None:
     """Tells the stream which weights a pass uses, in the order of the modules, and how."""
     dense: dict[tuple, Layout] = {}
-    gathered: dict[tuple, Layout] = {}
     small_bytes = routed_bytes = 0
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -227,10 +301,10 @@ def _expect(model: PreTrainedModel, stream: Stream) -> None:
             if parameter.dim() <= 1 or (byte_count(layout) <= SMALL_BYTES and not isinstance(module, nn.Linear)):
                 small_bytes += byte_count(layout)
             elif isinstance(module, nn.Embedding):
-                gathered[layout.key] = layout
+                continue  # only rows of it are read
             elif parameter.dim() == 3:
                 parameter._routed = True
                 routed_bytes += byte_count(layout)
             else:
-                dense.setdefault(layout.key, layout)
+                dense.setdefault(layout.key, as_read(layout))
     stream.expect(list(dense.values()), routed_bytes=routed_bytes, small_bytes=small_bytes)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_csd.weights.layout import Join, Layout, aten, byte_count
+from torch_csd.weights.layout import Codes, Join, Layout, as_read, aten, byte_count
+from torch_csd.weights.quantised import dense, quantised_linear
 from torch_csd.weights.tensor import FileTensor
 
 # Norms, biases and the like: they meet every kind of op, and are a thousandth of a model.
@@ -96,7 +97,8 @@ def _kept(tensor: FileTensor | None) -> Tensor | None:
     """An ordinary tensor for what is small; what is ordinary stays as it is."""
     if not isinstance(tensor, FileTensor):
         return tensor
-    return tensor._stream.keep(tensor._layout).to(device=tensor.device, dtype=tensor.dtype)
+    kept = dense(tensor._stream.keep(as_read(tensor._layout)), tensor._layout)
+    return kept.to(device=tensor.device, dtype=tensor.dtype)
 
 
 def _function(*functions: Callable) -> Callable[[Callable], Callable]:
@@ -133,6 +135,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return NotImplemented
     bias = _kept(bias)
     _check_frozen(input, bias)
+    if isinstance(weight._layout, Codes):
+        return _linear_of_codes(input, weight, bias)
     stream = weight._stream
     dim, pieces = stream.pieces(weight._layout)
     if len(pieces) == 1:
@@ -148,6 +152,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             begin = end
         return torch.cat(outs, dim=-1)
     return _sum_over_pieces(input, weight, pieces, bias)
+
+
+def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> Tensor:
+    """The same for a quantised weight: no more of it than a few MiB is ever dequantised."""
+    codes = weight._layout
+    if codes.transposed:  # as no model asks for it: then it must be dense
+        return functional.linear(input, weight.to_dense().to(input.dtype), bias)
+    outs, begin = [], 0
+    for piece in weight._stream.pieces(codes.rows)[1]:
+        end = begin + piece.shape[0]
+        part = None if bias is None else bias[begin:end]
+        with weight._stream.use(piece, routed=weight._routed) as rows:
+            outs.append(quantised_linear(input, rows, bits=codes.bits, in_features=codes.in_features, bias=part))
+        begin = end
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
 def _sum_over_pieces(input: Tensor, weight: FileTensor, pieces: list[Layout], bias: Tensor | None) -> Tensor:
@@ -227,7 +246,9 @@ def _grouped_mm(
     ends = offs.tolist()
     spans = [(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
     routed = {expert: mat_b[expert].t() for expert, (begin, end) in enumerate(spans) if end > begin}
-    mat_b._stream.announce([piece for each in routed.values() for piece in mat_b._stream.pieces(each._layout)[1]])
+    mat_b._stream.announce(
+        [piece for each in routed.values() for piece in mat_b._stream.pieces(as_read(each._layout))[1]]
+    )
     # Rows behind the last group are nobody's: as torch leaves them, but not with what was in memory.
     out = mat_a.new_zeros((mat_a.shape[0], mat_b.shape[2]), dtype=out_dtype or mat_a.dtype)
     for expert, weight in routed.items():
@@ -282,7 +303,8 @@ def _rows(tensor: FileTensor, index: Tensor) -> Tensor:
     if byte_count(tensor._layout) <= SMALL_BYTES:
         rows = _kept(tensor)[flat.to(tensor.device)]
     else:
-        rows = tensor._stream.rows(tensor._layout, flat).to(device=tensor.device, dtype=tensor.dtype)
+        rows = dense(tensor._stream.rows(as_read(tensor._layout), flat), tensor._layout)
+        rows = rows.to(device=tensor.device, dtype=tensor.dtype)
     return rows.view(*index.shape, *tensor.shape[1:])
 
 
@@ -362,6 +384,9 @@ def _all_alike(tensors: tuple[Tensor, ...]) -> bool:
         return False
     first = tensors[0]
     return all(
-        tensor._stream is first._stream and tensor.dtype == first.dtype and tensor._layout.dtype == first._layout.dtype
+        tensor._stream is first._stream
+        and not isinstance(tensor._layout, Codes)
+        and tensor.dtype == first.dtype
+        and tensor._layout.dtype == first._layout.dtype
         for tensor in tensors
     )

@@ -1,14 +1,15 @@
 """Which bytes of which files a tensor is made of, and how its elements come out of them. Pure: reads nothing.
 
 A `Region` is a strided view of one file, as torch's own tensors are of their memory, so torch works the views out (on
-the meta device). A `Join` is several layouts one after another along a dimension. Both are immutable.
+the meta device). A `Join` is several layouts one after another along a dimension, `Codes` a quantised
+weight. All are immutable.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -193,7 +194,38 @@ class Join:
         return None if handler is None else handler(self, *args, **kwargs)
 
 
-Layout = Region | Join
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A quantised weight [..., out, in]: ``rows`` holds its codes, uint8 [..., out, row_bytes]
+    (csrc/kernels/weights.h). Not read as it is: `ops.quantised_linear` takes the rows.
+    """
+
+    rows: Layout
+    bits: int
+    in_features: int
+    dtype: torch.dtype  # of the weight that it stands for
+    transposed: bool = False  # [..., in, out]
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        *batch, out_features, _ = self.rows.shape
+        ends = (out_features, self.in_features)
+        return torch.Size((*batch, *(reversed(ends) if self.transposed else ends)))
+
+    @property
+    def key(self) -> tuple:
+        return (self.bits, self.in_features, self.transposed, *self.rows.key)
+
+    @property
+    def leaves(self) -> tuple[Region, ...]:
+        return self.rows.leaves
+
+    def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
+        handler = _CODES_VIEWS.get(func)
+        return None if handler is None else handler(self, *args, **kwargs)
+
+
+Layout = Region | Join | Codes
 
 
 def numel(layout: Layout) -> int:
@@ -202,7 +234,14 @@ def numel(layout: Layout) -> int:
 
 def byte_count(layout: Layout) -> int:
     """Of its elements as stored."""
+    if isinstance(layout, Codes):
+        return byte_count(layout.rows)
     return numel(layout) * layout.dtype.itemsize
+
+
+def as_read(layout: Layout) -> Region | Join:
+    """What is read for it."""
+    return layout.rows if isinstance(layout, Codes) else layout
 
 
 def narrow(layout: Layout, dim: int, begin: int, end: int) -> Layout:
@@ -337,3 +376,61 @@ def _view(join: Join, shape: Sequence[int]) -> Layout | None:
         if size == 1 and isinstance(layout, Join):
             layout = _unsqueeze(layout, dim)
     return layout
+
+
+# ---- views of quantised weights --------------------------------------------------------------------------------------
+
+_CODES_VIEWS: dict[Callable, Callable] = {}
+
+
+def _codes_view(*functions: Callable) -> Callable[[Callable], Callable]:
+    def register(handler: Callable) -> Callable:
+        _CODES_VIEWS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+@_codes_view(aten.detach.default, aten.alias.default)
+def _same_codes(codes: Codes) -> Codes:
+    return codes
+
+
+@_codes_view(aten.transpose.int)
+def _transpose_codes(codes: Codes, dim0: int, dim1: int) -> Codes | None:
+    rank = len(codes.shape)
+    if {_positive(dim0, rank), _positive(dim1, rank)} != {rank - 2, rank - 1}:
+        return None
+    return replace(codes, transposed=not codes.transposed)
+
+
+@_codes_view(aten.t.default)
+def _t_codes(codes: Codes) -> Codes | None:
+    return _transpose_codes(codes, 0, 1) if len(codes.shape) == 2 else None
+
+
+@_codes_view(aten.select.int)
+def _select_codes(codes: Codes, dim: int, index: int) -> Codes | None:
+    dim = _positive(dim, len(codes.shape))
+    if dim >= len(codes.shape) - 2:
+        return None
+    return replace(codes, rows=codes.rows.apply(aten.select.int, (dim, index), {}))
+
+
+@_codes_view(aten.slice.Tensor)
+def _slice_codes(
+    codes: Codes, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Codes | None:
+    """Of experts or output features: any. Of input features: only all of them."""
+    rank = len(codes.shape)
+    dim = _positive(dim, rank)
+    if dim == (rank - 2 if codes.transposed else rank - 1):
+        return codes if slice(start, end, step).indices(codes.in_features) == (0, codes.in_features, 1) else None
+    rows_dim = rank - 2 if dim >= rank - 2 else dim
+    return replace(codes, rows=codes.rows.apply(aten.slice.Tensor, (rows_dim, start, end, step), {}))
+
+
+@_codes_view(aten.unbind.int)
+def _unbind_codes(codes: Codes, dim: int = 0) -> list[Codes] | None:
+    parts = [_select_codes(codes, dim, index) for index in range(codes.shape[dim])]
+    return None if None in parts else parts

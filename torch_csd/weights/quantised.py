@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_csd import ops
+from torch_csd.weights.layout import Codes, Layout
 
 # Rows of x up to which our kernel is faster than dequantising and torch's GEMM.
 X_ROWS_MAX = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16}
@@ -50,3 +51,13 @@ def quantised_linear(
         weight = ops.dequantise_rows(rows[block], bits=bits, in_features=in_features, dtype=x.dtype, simd=simd)
         out[..., block] = F.linear(x, weight, None if bias is None else bias[block])
     return out
+
+
+def dense(stored: Tensor, layout: Layout) -> Tensor:
+    """The layout's elements, from what was read for it: the same, unless these are codes."""
+    if not isinstance(layout, Codes):
+        return stored
+    rows = stored.reshape(-1, stored.shape[-1])
+    weight = ops.dequantise_rows(rows, bits=layout.bits, in_features=layout.in_features, dtype=layout.dtype)
+    weight = weight.view(*stored.shape[:-1], layout.in_features)
+    return weight.mT if layout.transposed else weight

@@ -268,20 +268,26 @@ class Stream:
 
     # ---- what is expected --------------------------------------------------------------------------------------------
 
-    def expect(self, layouts: Sequence[Layout], *, routed_bytes: int = 0, small_bytes: int = 0) -> None:
+    def expect(
+        self, layouts: Sequence[Layout], *, keep: bool = True, routed_bytes: int = 0, small_bytes: int = 0
+    ) -> None:
         """The order in which the next pass will use these, each once, and which of them stay in memory: as many as the
-        budget allows, spread evenly, so that no part of a pass waits for the drive more than another. Reads nothing.
+        budget allows, spread evenly, so that no part of a pass waits for the drive more than another. Reads nothing,
+        and forgets what was expected and kept before.
 
-        routed_bytes: of all units that are routed to: they get what the others leave. small_bytes: that `keep` will
-        take.
+        keep: whether any stay. routed_bytes: of all units that are routed to: they get what the others leave.
+        small_bytes: that `keep` will take.
         """
         with self._changed:
+            self._forget_order()
             for layout in layouts:
                 for piece in self.pieces(layout)[1]:
                     unit = self._unit(piece)
                     if unit.index is None:
                         unit.index = len(self._order)
                         self._order.append(unit)
+            if not keep:
+                return
             left = self.memory_budget_bytes - self._staging.byte_count - small_bytes
             total = sum(unit.byte_count for unit in self._order)
             share = min(max(left, 0) / max(total, 1), 1.0)
@@ -294,6 +300,19 @@ class Stream:
                     due -= unit.byte_count
                     left -= size
             self._routed_bytes_left = max(min(left, routed_bytes), 0)
+
+    def _forget_order(self) -> None:
+        for unit in self._units.values():
+            unit.index = None
+            if unit.users == 0:
+                if unit.memory is not None:
+                    self._release(unit)
+                unit.kept = False
+        self._units = {key: unit for key, unit in self._units.items() if unit.users > 0}
+        self._order = []
+        self._announced.clear()
+        self._position = -1
+        self._routed_bytes_left = 0
 
     def announce(self, layouts: Sequence[Layout]) -> None:
         """These are used next, in this order: routed ones, which no order tells."""

@@ -13,7 +13,8 @@ from torch_csd.config import as_int
 from torch_csd.errors import CheckpointError, StoreError
 from torch_csd.tensor import StorageTensor
 from torch_csd.weights.files import SAFETENSORS_DTYPES, read_header
-from torch_csd.weights.layout import Layout, Region
+from torch_csd.weights.layout import Layout, Region, as_read
+from torch_csd.weights.quantised import dense
 from torch_csd.weights.stream import Stream
 
 # Of tensors that belong to no model: enough to keep a drive busy while one piece is computed with.
@@ -92,7 +93,8 @@ class FileTensor(StorageTensor):
             StoreError: reading failed, or the file was changed since it was opened.
         """
         with torch._C.DisableTorchFunctionSubclass():
-            return self._stream.load(self._layout).to(device=self.device, dtype=self.dtype)
+            stored = self._stream.load(as_read(self._layout))
+            return dense(stored, self._layout).to(device=self.device, dtype=self.dtype)
 
     def write_(self, values: Tensor) -> FileTensor:
         """Writes ``values`` ([this shape], converted to the dtype that the file has) over the elements in the file.
