@@ -655,8 +655,8 @@ def reader_open(*, io_engine: str = "auto", queue_depth: int = 32, staging: Tens
     Args:
         io_engine: ``"auto"``, ``"io_uring"`` or ``"pread"``.
         queue_depth: Requests of at most 1 MiB that are in flight at once.
-        staging: Memory that is mostly read to (uint8, CPU, contiguous): registered with io_uring where that is possible,
-            and kept until the reader is closed.
+        staging: Memory that is mostly read to (uint8, CPU, contiguous): registered with io_uring where that is
+            possible, and kept until the reader is closed.
     """
     reader = torch.tensor([next(_reader_numbers), -1, -1])
     if staging is not None and not staging.is_cpu:
@@ -705,7 +705,7 @@ def reader_wait(reader: Tensor, ticket: int) -> None:
     """Returns when all of the ticket is there, which is then in the foreground; forgets it.
 
     Raises:
-        StoreError: something could not be read (EIO was tried twice), or one of its files has changed since it was added.
+        StoreError: something could not be read (EIO was tried twice), or a file has changed since it was added.
         ValueError: there is no such ticket (any more).
     """
     _call(_ops.reader_wait, reader, ticket)
@@ -731,8 +731,8 @@ def reader_close(reader: Tensor) -> None:
 
 def reader_stats(reader: Tensor) -> dict[str, int | float | str]:
     """``io_engine`` and why (``io_reason``), ``file_count`` and ``direct_file_count``, ``bytes_read`` of whole tickets
-    as they were asked for, ``bytes_moved`` and ``request_count`` with their blocks, ``wait_s`` that callers were blocked
-    in :func:`reader_wait`, ``busy_s`` with something in flight."""
+    as they were asked for, ``bytes_moved`` and ``request_count`` with their blocks, ``wait_s`` that callers were
+    blocked in :func:`reader_wait`, ``busy_s`` with something in flight."""
     return json.loads(_text(_call(_ops.reader_stats, reader)))
 
 
