@@ -115,7 +115,7 @@ class Runner:
         for _ in range(rounds):
             metadata_s.append(_seconds(lambda: _metadata(checkpoint)))
             gc.collect()
-            before_bytes = _restart_peak()
+            before_bytes = restart_peak()
             start_s = time.perf_counter()
             model = torch_csd.load_checkpoint(checkpoint)
             load_s.append(time.perf_counter() - start_s)
@@ -315,7 +315,7 @@ def memory() -> dict[str, int]:
     return found
 
 
-def _restart_peak() -> int | None:
+def restart_peak() -> int | None:
     """Lets VmHWM begin anew, and returns what is resident; None where the system does not allow it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:

@@ -91,8 +91,12 @@ def run(settings: Settings, report: Report, sizes: Sizes, checkpoint: Path | Non
             make_checkpoint(checkpoint, llama_config(sizes.size_bytes))
         roof = stack.enter_context(_roof(settings, checkpoint))
         stage = Stage(settings, report, sizes, str(checkpoint), scratch, lambda: _best(roof()))
-        for rows in (load_rows, decode_rows, kv_rows, prefill_row):
-            rows(stage)
+        sections = {"load": load_rows, "decode": decode_rows, "decode, K and V too": kv_rows, "prefill": prefill_row}
+        for name, rows in sections.items():
+            try:
+                rows(stage)
+            except HeldError as error:
+                report.skip(name, error)
 
 
 @contextmanager

@@ -312,7 +312,7 @@ def weights(
     memory_budget: Annotated[
         str | None,
         typer.Option(
-            help="Of weights in memory, ours and accelerate's. Default: 1536MiB, quick: 12MiB.", metavar="SIZE"
+            help="Of weights in memory, ours and accelerate's. Default: 1280MiB, quick: 12MiB.", metavar="SIZE"
         ),
     ] = None,
     threads: Threads = None,
@@ -325,7 +325,7 @@ def weights(
 ) -> None:
     """A checkpoint larger than memory: load, decode and prefill from the drive, beside accelerate's disk offload."""
     with _user_errors():
-        memory_budget = memory_budget or ("12MiB" if quick else "1536MiB")
+        memory_budget = memory_budget or ("12MiB" if quick else "1280MiB")
         rounds = rounds or (3 if quick else 5)
         settings = _settings(directory, memory_budget, threads, io_engine, "bfloat16", rounds, quick, json_to, None)
         from torch_csd.bench import weights as bench
