@@ -141,7 +141,7 @@ struct FileReader::State {
   explicit State(FileReaderOptions given) : options(std::move(given)) {}
 
   const FileReaderOptions options;
-  std::mutex add_mutex;    // files are added one by one, and the first makes engine and queue
+  std::mutex add_mutex;    // files are added one by one, and the first makes the engine
   std::mutex close_mutex;  // of the thread's end
 
   std::mutex mutex;              // of all that follows, tickets included
@@ -210,8 +210,11 @@ struct FileReader::State {
     done.notify_all();
   }
 
+  // With the first read, not with the first file: staging that is registered is all resident, and loading a
+  // model must not cost it.
   void begin_thread() {
     if (thread.joinable()) return;
+    if (queue == nullptr) make_queue();
     // Signals are for the program's own threads.
     sigset_t all_signals, previous;
     sigfillset(&all_signals);
@@ -224,6 +227,18 @@ struct FileReader::State {
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
     if (error != 0) throw io_error("reader of files", "starting a thread", error);
+  }
+
+  void make_queue() {
+    std::vector<iovec> buffers;
+    const iovec& staging = options.staging;
+    for (size_t at = 0; at < staging.iov_len; at += kRegisteredBytesMax) {
+      buffers.push_back(
+          {static_cast<char*>(staging.iov_base) + at, std::min(kRegisteredBytesMax, staging.iov_len - at)});
+    }
+    queue = engine->make_queue(-1, static_cast<int>(options.queue_depth), buffers);
+    flights.resize(static_cast<size_t>(queue->depth()));
+    for (size_t slot = flights.size(); slot-- > 0;) free_slots.push_back(slot);
   }
 
   // ---- the thread's, under the lock but for submit() ----
@@ -441,17 +456,9 @@ InputFile FileReader::add_file(const std::string& path) {
     struct stat info {};
     if (fstat(opened.fd, &info) != 0) throw io_error(path, "looking at the file", errno);
     std::unique_ptr<IoEngine> engine;
-    std::unique_ptr<IoQueue> queue;
     if (first) {
       const int depth = static_cast<int>(state.options.queue_depth);
-      std::vector<iovec> buffers;
-      const iovec& staging = state.options.staging;
-      for (size_t at = 0; at < staging.iov_len; at += kRegisteredBytesMax) {
-        buffers.push_back(
-            {static_cast<char*>(staging.iov_base) + at, std::min(kRegisteredBytesMax, staging.iov_len - at)});
-      }
       engine = make_io_engine(opened.engine, std::min(depth, kPreadThreadsMax));
-      queue = engine->make_queue(-1, depth, buffers);
     }
     std::lock_guard<std::mutex> lock(state.mutex);
     state.check_open();
@@ -464,10 +471,7 @@ InputFile FileReader::add_file(const std::string& path) {
     file.direct_io = opened.direct_io;
     state.files.push_back({path, opened.fd, file});
     if (first) {
-      state.flights.resize(static_cast<size_t>(queue->depth()));
-      for (size_t slot = state.flights.size(); slot-- > 0;) state.free_slots.push_back(slot);
       state.engine = std::move(engine);
-      state.queue = std::move(queue);
       state.reason = opened.reason;
     }
     return file;

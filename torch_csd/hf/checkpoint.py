@@ -41,6 +41,7 @@ _SCALES = ("_scale_inv", ".input_scale", ".activation_scale")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@torch.inference_mode(False)  # in which transformers would leave the modules without weights
 def load_checkpoint(
     path_or_name: str | os.PathLike[str],
     memory_budget: int | str = "4GiB",
@@ -326,13 +327,13 @@ class _Progress:
     def __init__(self, weight_dtype: str) -> None:
         self.text = f"Converting weights to {weight_dtype}"
         self.bar: Any = None
-        self.shown = 0
+        self.done = 0  # the bar may be none at all, and not know
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
             self.bar = transformers.utils.logging.tqdm(desc=self.text, total=total, unit="B", unit_scale=True)
-        self.bar.update(done - self.shown)
-        self.shown = done
+        self.bar.update(done - self.done)
+        self.done = done
         if done == total:
             self.bar.close()
 
