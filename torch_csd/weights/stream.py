@@ -177,6 +177,12 @@ class Stream:
         """Waits for what is being read, and lets go of the files. Idempotent."""
         self._finalizer()
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     # ---- what is used ------------------------------------------------------------------------------------------------
 
     @contextmanager
