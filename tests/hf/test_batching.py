@@ -79,12 +79,14 @@ def test_experts_are_read_the_more_the_more_rows_there_are():
 
 
 def test_a_batch_whose_kv_is_on_the_drive_is_run_in_micro_batches_that_hold_their_prompts():
-    job = work(32, prompt=batching.ACTIVATION_BYTES // 1000 // 4, kv_bytes=10)
+    job = work(32, prompt=batching.ACTIVATION_BYTES // 1000 // 4, kv_bytes=100, budget=128 * 2**20)
     chosen = plan(machine(), job)
     assert (chosen.batch_size, chosen.micro_batch_count) == (32, 8) and chosen.prefill_chunk_size is None
     in_memory = plan(machine(), work(32, prompt=batching.ACTIVATION_BYTES // 4000, kv_bytes=10, budget=GB))
     assert in_memory.micro_batch_count == 1 and in_memory.prefill_chunk_size == batching.ACTIVATION_BYTES // 32_000
     assert plan(machine(), job, side_by_side=False).micro_batch_count == 1
+    small = work(32, prompt=batching.ACTIVATION_BYTES // 4000, kv_bytes=100, budget=33 * 2**20)
+    assert plan(machine(), small).micro_batch_count == 2  # each has a store of its own, which takes memory
 
 
 def test_what_the_user_says_is_taken():
