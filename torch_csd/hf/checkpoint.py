@@ -228,9 +228,9 @@ def _with_scales(tensors: dict[str, FileTensor], block: tuple[int, int], dtype: 
         layout, grid = tensor._layout, scales._layout
         while len(grid.shape) < 2:  # one scale for all of it
             grid = grid.apply(torch.ops.aten.unsqueeze.default, (0,), {})
-        # The grid says it where it divides the weight; else the last block of each side is cut short.
+        # Of the size that the config says, the last of each side cut short; or as the grid divides the weight.
         sides = tuple(
-            size // count if size % count == 0 else wanted
+            wanted if wanted > 0 and -(-size // wanted) == count else size // count
             for size, count, wanted in zip(layout.shape[-2:], grid.shape[-2:], block, strict=True)
         )
         fits = all(
