@@ -62,7 +62,7 @@ std::string time_text(int64_t mtime_ns) {
 struct File {
   std::string path;
   int fd;
-  InputFile as_added;
+  InputFile as_added;  // or refreshed. Guarded by State::mutex.
 };
 
 // What is read together. Guarded by State::mutex.
@@ -118,12 +118,14 @@ void keep_for_good(std::vector<Flight> lost) {
   kept->push_back(std::move(lost));
 }
 
-// What became of the files since they were added, if anything.
-std::optional<Error> find_change(const std::vector<const File*>& files) {
+// What became of the files since they were added, if anything. mutex: State's, not held.
+std::optional<Error> find_change(const std::vector<const File*>& files, std::mutex& mutex) {
   for (const File* file : files) {
     struct stat info {};
     if (fstat(file->fd, &info) != 0) return io_error(file->path, "looking at the file", errno);
-    const InputFile& was = file->as_added;
+    std::unique_lock<std::mutex> lock(mutex);
+    const InputFile was = file->as_added;
+    lock.unlock();
     if (info.st_size == was.size_bytes && mtime_of(info) == was.mtime_ns) continue;
     return Error(ErrorKind::kStore,
                  file->path + ": changed while it was in use: was " + text(was.size_bytes) +
@@ -147,7 +149,7 @@ struct FileReader::State {
   std::mutex mutex;              // of all that follows, tickets included
   std::condition_variable work;  // for the thread: a ticket, or closing
   std::condition_variable done;  // for callers: a ticket has finished
-  std::deque<File> files;        // never moved, never changed: others point to them
+  std::deque<File> files;        // never moved: others point to them
   std::string reason;            // of the first file's engine and mode
   std::unique_ptr<IoEngine> engine;
   std::thread thread;
@@ -183,11 +185,14 @@ struct FileReader::State {
     return found->second;
   }
 
+  void check_number(int64_t file) const {
+    if (file >= 0 && file < static_cast<int64_t>(files.size())) return;
+    throw Error(ErrorKind::kValue, "there is no file " + text(file) + ", " +
+                                       text(static_cast<int64_t>(files.size())) + " were added");
+  }
+
   void check_range(const FileRange& range) const {
-    if (range.file < 0 || range.file >= static_cast<int64_t>(files.size())) {
-      throw Error(ErrorKind::kValue, "there is no file " + text(range.file) + ", " +
-                                         text(static_cast<int64_t>(files.size())) + " were added");
-    }
+    check_number(range.file);
     const File& file = files[static_cast<size_t>(range.file)];
     const int64_t size = file.as_added.size_bytes;
     if (range.offset < 0 || range.byte_count < 0 || range.offset > size ||
@@ -384,7 +389,7 @@ struct FileReader::State {
         }
       }
       slots.clear();
-      for (const TicketPtr& ticket : ending) changes.push_back(find_change(ticket->files));
+      for (const TicketPtr& ticket : ending) changes.push_back(find_change(ticket->files, mutex));
       const bool wait = ending.empty() && refused.empty();
       try {
         if (queue->in_flight() > static_cast<int>(lost_count)) queue->reap(wait, &completions);
@@ -479,6 +484,24 @@ InputFile FileReader::add_file(const std::string& path) {
     close_file(opened.fd);
     throw;
   }
+}
+
+InputFile FileReader::refresh_file(int64_t number) {
+  check_process();
+  State& state = *state_;
+  std::lock_guard<std::mutex> lock(state.mutex);
+  state.check_open();
+  state.check_number(number);
+  File& file = state.files[static_cast<size_t>(number)];
+  struct stat info {};
+  if (fstat(file.fd, &info) != 0) throw io_error(file.path, "looking at the file", errno);
+  if (info.st_size < file.as_added.size_bytes) {
+    throw Error(ErrorKind::kStore, file.path + ": cut short while it was in use: was " +
+                                       text(file.as_added.size_bytes) + " bytes, is " + text(info.st_size));
+  }
+  file.as_added.size_bytes = info.st_size;
+  file.as_added.mtime_ns = mtime_of(info);
+  return file.as_added;
 }
 
 int64_t FileReader::read(const std::vector<FileRange>& ranges, bool background, Owner owner) {

@@ -16,10 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_csd.catalogue import BLOCK_BYTES
+
 aten = torch.ops.aten
 
 # A region is read as one range while at least this share of the range is wanted; else by its rows.
 _WANTED_SHARE = 0.5
+# And while its rows are this near to each other: each would take a block or two of its own.
+_PITCH_BYTES = 2 * BLOCK_BYTES
 
 
 class InputFile(NamedTuple):
@@ -29,6 +33,8 @@ class InputFile(NamedTuple):
     number: int  # the reader's
     byte_count: int
     mtime_ns: int
+    device: int
+    inode: int
 
 
 class Range(NamedTuple):
@@ -82,7 +88,11 @@ class Region:
     def _of(self, meta: Tensor) -> Region | None:
         same_memory = meta.untyped_storage()._cdata == self.meta.untyped_storage()._cdata
         plain = not (meta.is_conj() or meta.is_neg()) and all(step >= 0 for step in meta.stride())
-        return Region(self.file, self.offset, meta) if same_memory and plain else None
+        if not (same_memory and plain):
+            return None
+        region = Region(self.file, self.offset, meta)
+        # as_strided of a meta tensor goes anywhere.
+        return region if region.span[1] * region.dtype.itemsize <= meta.untyped_storage().nbytes() else None
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -104,6 +114,8 @@ class Region:
         if end - begin <= 1 or distinct >= _WANTED_SHARE * (end - begin):
             return (self,)
         widest = max(range(len(steps)), key=lambda dim: steps[dim] if self.meta.shape[dim] > 1 else -1)
+        if steps[widest] * self.dtype.itemsize < _PITCH_BYTES:
+            return (self,)
         return tuple(
             leaf
             for index in range(self.meta.shape[widest])
@@ -163,6 +175,7 @@ class Join:
                     f"stored tensors of shapes {[list(part.shape) for part in parts]:} and dtypes "
                     f"{[part.dtype for part in parts]} do not fit together along dim {dim}"
                 )
+        parts = [part for part in parts if part.shape[dim] > 0] or parts[:1]
         flat = [
             inner for part in parts for inner in (part.parts if isinstance(part, Join) and part.dim == dim else (part,))
         ]
@@ -400,7 +413,7 @@ def _unbind(join: Join, dim: int = 0) -> list[Layout]:
 @_join_view(aten.split.Tensor)
 def _split(join: Join, split_size: int, dim: int = 0) -> list[Layout]:
     size = join.shape[dim]
-    return [_slice(join, dim, begin, begin + split_size) for begin in range(0, size, max(split_size, 1))]
+    return [_slice(join, dim, begin, begin + split_size) for begin in range(0, max(size, 1), max(split_size, 1))]
 
 
 @_join_view(aten.split_with_sizes.default)
