@@ -91,7 +91,7 @@ def run(settings: Settings, report: Report, sizes: Sizes, checkpoint: Path | Non
             make_checkpoint(checkpoint, llama_config(sizes.size_bytes))
         roof = stack.enter_context(_roof(settings, checkpoint))
         stage = Stage(settings, report, sizes, str(checkpoint), scratch, lambda: _best(roof()))
-        sections = {"load": load_rows, "decode": decode_rows, "decode, K and V too": kv_rows, "prefill": prefill_row}
+        sections = {"load": load_rows, "decode and prefill": decode_rows, "decode, K and V too": kv_rows}
         for name, rows in sections.items():
             try:
                 rows(stage)
@@ -177,6 +177,7 @@ def decode_rows(stage: Stage) -> None:
         samples = interleave(calls, settings.rounds, stage.roof)
         memory = {name: each("memory") for name, each in held.items()}
         their_memory = peer("memory") if peer is not None else None
+        prefill = prefill_samples(stage, ours, stack)
     mine = samples["ours"]
     theirs = samples.get("accelerate")
     if theirs is not None:
@@ -210,6 +211,7 @@ def decode_rows(stage: Stage) -> None:
     wide_rates, rates = [WIDE / s for s in times(wide)], [1 / s for s in times(mine)]
     others = [beside("batch 1", wide_rates, rates, "tok/s", bar=stage.bar(10.0)), drive_time(wide)]
     report.add(Row(f"decode, as stored, batch {WIDE}, cold", median(wide_rates), "tok/s", others, _note(wide)))
+    prefill_row(stage, prefill)
 
 
 def _steps(held: Held, *, batch: int = 1, count: int = STEPS) -> Callable[[], Sample]:
@@ -319,27 +321,28 @@ def kv_rows(stage: Stage) -> None:
 # ---- a prompt --------------------------------------------------------------------------------------------------------
 
 
-def prefill_row(stage: Stage) -> None:
+def prefill_samples(stage: Stage, ours: Held, stack: ExitStack) -> dict[str, list[Sample]]:
     tokens = stage.sizes.prompt
-    with ExitStack() as stack:
-        held = stage.held(stack)
-        stage.ours(held)
-        calls = {"ours": _prefill(held, tokens)}
-        note = ""
-        if available_memory_bytes() > 1.2 * checkpoint_bytes(stage.checkpoint) + stage.sizes.limit_bytes:
-            in_memory = stage.held(stack, limited=False)
-            in_memory("open_in_memory", checkpoint=stage.checkpoint)
-            calls = {"memory": _prefill(in_memory, tokens)} | calls
-        else:
-            note = "no memory for the same with all weights in memory; "
-        for call in calls.values():
-            call()
-        samples = interleave(calls, max(stage.settings.rounds // 2, 1), stage.roof)
+    calls = {"ours": _prefill(ours, tokens)}
+    if available_memory_bytes() > 1.2 * checkpoint_bytes(stage.checkpoint) + stage.sizes.limit_bytes:
+        in_memory = stage.held(stack, limited=False)
+        in_memory("open_in_memory", checkpoint=stage.checkpoint)
+        calls = {"memory": _prefill(in_memory, tokens)} | calls
+    for call in calls.values():
+        call()
+    return interleave(calls, max(stage.settings.rounds // 2, 1), stage.roof)
+
+
+def prefill_row(stage: Stage, samples: dict[str, list[Sample]]) -> None:
     mine = samples["ours"]
     others = [drive_time(mine)]
+    note = ""
     if "memory" in samples:
         others.append(beside("all weights in memory", times(mine), times(samples["memory"]), "s", lower_is_better=True))
-    stage.report.add(Row(f"prefill {tokens_text(tokens)}", median(times(mine)), "s", others, note + _note(mine)))
+    else:
+        note = "no memory for the same with all weights in memory; "
+    name = f"prefill {tokens_text(stage.sizes.prompt)}, as stored"
+    stage.report.add(Row(name, median(times(mine)), "s", others, note + _note(mine)))
 
 
 def _prefill(held: Held, tokens: int) -> Callable[[], Sample]:
