@@ -101,8 +101,9 @@ def test_weights_on_the_drive_stand_beside_the_drive_and_accelerate(bench):
     drive = "time to read its bytes at the drive"
     for name in ("as stored, batch 1", "int8, batch 1", "int4, batch 1", "as stored, batch 16"):
         row = rows[f"decode, {name}, cold"]
-        assert row["value"] > 0 and any(other["name"].startswith(drive) for other in row["beside"]), name
-        assert "GB a step at" in row["note"]
+        assert row["value"] > 0 and row["beside"] and "GB a step at" in row["note"], name
+        # All of the int4 weights fit into memory.
+        assert name.startswith("int4") or any(other["name"].startswith(drive) for other in row["beside"]), name
     assert rows["decode, as stored, memory of the process"]["value"] <= 2
     assert any("K and V of" in name and row["value"] for name, row in rows.items())
     assert any(name.startswith("prefill 16") and row["value"] for name, row in rows.items())

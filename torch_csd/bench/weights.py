@@ -187,8 +187,8 @@ def decode_rows(stage: Stage) -> None:
             f"{median([s.drive_bytes for s in theirs]) / 1e9:.2f} GB a step from the drive; logits differ from ours by "
             f"{difference:.3g} at most"
         )
-        report.add(Row("  peer: accelerate, disk offload", median(times(theirs)), "s/tok", [drive_time(theirs)], note))
-    others = [drive_time(mine, stage.bar(1.10))]
+        report.add(Row("  peer: accelerate, disk offload", median(times(theirs)), "s/tok", drive_time(theirs), note))
+    others = drive_time(mine, stage.bar(1.10))
     if theirs is not None:
         others.append(_faster(mine, theirs, stage.bar(1.6)))
     report.add(
@@ -199,7 +199,7 @@ def decode_rows(stage: Stage) -> None:
         if dtype not in samples:
             continue
         others = [
-            drive_time(samples[dtype]),
+            *drive_time(samples[dtype]),
             beside("as stored", times(samples[dtype]), times(mine), "s/tok", lower_is_better=True),
         ]
         if theirs is not None:
@@ -209,7 +209,7 @@ def decode_rows(stage: Stage) -> None:
         _memory_row(stage, f"decode, {dtype}", memory[dtype])
     wide = samples["wide"]
     wide_rates, rates = [WIDE / s for s in times(wide)], [1 / s for s in times(mine)]
-    others = [beside("batch 1", wide_rates, rates, "tok/s", bar=stage.bar(10.0)), drive_time(wide)]
+    others = [beside("batch 1", wide_rates, rates, "tok/s", bar=stage.bar(10.0)), *drive_time(wide)]
     report.add(Row(f"decode, as stored, batch {WIDE}, cold", median(wide_rates), "tok/s", others, _note(wide)))
     prefill_row(stage, prefill)
 
@@ -252,11 +252,13 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return difference
 
 
-def drive_time(samples: list[Sample], bar: float | None = None) -> Beside:
+def drive_time(samples: list[Sample], bar: float | None = None) -> list[Beside]:
     """Step time over the time in which the drive delivers the bytes that the step read: 1 is never idle."""
+    if not all(sample.drive_bytes for sample in samples):
+        return []  # all of it fits into memory
     drive_s = [sample.drive_bytes / (sample.roofs[DRIVE] * 1e9) for sample in samples]
     ratio = median_ratio(times(samples), drive_s)
-    return Beside(f"time to read its bytes at {DRIVE}", median(drive_s), "s", ratio, bar, at_most=True)
+    return [Beside(f"time to read its bytes at {DRIVE}", median(drive_s), "s", ratio, bar, at_most=True)]
 
 
 def _faster(samples: list[Sample], theirs: list[Sample], bar: float | None) -> Beside:
@@ -313,7 +315,7 @@ def kv_rows(stage: Stage) -> None:
             except HeldError as error:
                 stage.report.skip(name, error)
                 continue
-            row = Row(name, median(times(samples)), "s/tok", [drive_time(samples, stage.bar(1.15))], _note(samples))
+            row = Row(name, median(times(samples)), "s/tok", drive_time(samples, stage.bar(1.15)), _note(samples))
             stage.report.add(row)
         _memory_row(stage, "decode, weights and K and V", held("memory"))
 
@@ -335,7 +337,7 @@ def prefill_samples(stage: Stage, ours: Held, stack: ExitStack) -> dict[str, lis
 
 def prefill_row(stage: Stage, samples: dict[str, list[Sample]]) -> None:
     mine = samples["ours"]
-    others = [drive_time(mine)]
+    others = drive_time(mine)
     note = ""
     if "memory" in samples:
         others.append(beside("all weights in memory", times(mine), times(samples["memory"]), "s", lower_is_better=True))
