@@ -107,6 +107,17 @@ struct Flight {
   bool lost = false;  // see Ticket
 };
 
+// To another thread than the one it is from, with a text of its own.
+[[noreturn]] void raise(const Error& error) { throw Error(error.kind(), untagged(error)); }
+
+// What the kernel may touch at any time is never let go of.
+void keep_for_good(std::vector<Flight> lost) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<std::vector<Flight>>();
+  std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(std::move(lost));
+}
+
 // What became of the files since they were added, if anything.
 std::optional<Error> find_change(const std::vector<const File*>& files) {
   for (const File* file : files) {
@@ -522,7 +533,7 @@ void FileReader::wait(int64_t number) {
   spent = std::exchange(state.spent, {});
   if (ticket->dropped)
     throw Error(ErrorKind::kValue, "ticket " + text(number) + " was dropped by another thread");
-  if (ticket->error.has_value()) throw *ticket->error;
+  if (ticket->error.has_value()) raise(*ticket->error);
 }
 
 bool FileReader::is_done(int64_t number) {
@@ -551,7 +562,7 @@ void FileReader::drop(int64_t number) {
     state.done.wait(lock, [&] { return ticket->finished; });
   }
   spent = std::exchange(state.spent, {});
-  if (ticket->lost) throw *ticket->error;
+  if (ticket->lost) raise(*ticket->error);
 }
 
 void FileReader::close() {
@@ -571,8 +582,7 @@ void FileReader::close() {
   }
   if (state.thread.joinable()) state.thread.join();
   state.queue.reset();
-  // What is lost may be written to at any time.
-  if (state.lost_count > 0) static_cast<void>(new std::vector<Flight>(std::move(state.flights)));
+  if (state.lost_count > 0) keep_for_good(std::move(state.flights));
   std::lock_guard<std::mutex> lock(state.mutex);
   state.engine.reset();
   for (const File& file : state.files) close_file(file.fd);

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -94,6 +95,13 @@ def covering_bytes(offset: int, count: int) -> int:
     return (offset + count + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES - offset // BLOCK_BYTES * BLOCK_BYTES
 
 
+class Forecast(NamedTuple):
+    """Bytes that a pass reads."""
+
+    dense_bytes: int  # used in every pass
+    routed_bytes: int  # of all that may be routed to, and do not stay in memory
+
+
 @dataclass(eq=False)
 class Pace:
     """How far a thread in lockstep is."""
@@ -139,7 +147,8 @@ class Stream:
         self._announced: deque[Unit] = deque()
         self._dense: dict[tuple, Tensor] = {}  # whole small tensors
         self._kept_bytes = 0  # in memory of their own
-        self._routed_bytes_left = 0  # that routed units may still keep
+        self._routed_bytes = 0  # of all routed units
+        self._routed_bytes_left = 0  # that they may still keep
         self._routed_uses = 0
         self._paces: dict[int, Pace] = {}  # of the threads in lockstep, by ident
         self._used_bytes = 0  # of units that were asked for, wherever they were
@@ -316,6 +325,7 @@ class Stream:
                     unit.kept = True
                     due -= unit.byte_count
                     left -= size
+            self._routed_bytes = routed_bytes
             self._routed_bytes_left = max(min(left, routed_bytes), 0)
 
     def _forget_order(self) -> None:
@@ -339,6 +349,34 @@ class Stream:
                     self._release(unit)
             self._announced = deque(self._unit(layout, routed=True) for layout in layouts)
             self._read_ahead()
+
+    # ---- what a pass costs -------------------------------------------------------------------------------------------
+
+    def forecast(self) -> Forecast:
+        """What the next pass is expected to read, once what stays has been read."""
+        with self._changed:
+            dense = sum(unit.byte_count for unit in self._order if not unit.kept and unit.expected)
+            return Forecast(dense, max(self._routed_bytes - self._routed_bytes_left, 0))
+
+    def measure_rate(self) -> float:
+        """Bytes/s of the drive, reading what is used next anyway: as much as is read ahead."""
+        before = ops.reader_stats(self.reader)
+        begin_s = time.perf_counter()
+        with self._changed:
+            self._read_ahead()
+            ahead = [unit for unit in self._order if unit.ticket is not None]
+            for unit in ahead:
+                unit.users += 1
+        try:
+            for unit in ahead:
+                self._load(unit)
+            elapsed_s = time.perf_counter() - begin_s
+        finally:
+            with self._changed:
+                for unit in ahead:
+                    unit.users -= 1
+        after = ops.reader_stats(self.reader)
+        return max(after["bytes_moved"] - before["bytes_moved"], 1) / elapsed_s
 
     # ---- lockstep ----------------------------------------------------------------------------------------------------
 
