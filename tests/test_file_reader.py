@@ -636,7 +636,7 @@ ops.reader_close(reader)
 )
 
 
-# The calling thread tries the files that are added: one that cannot be reached by the engine that was asked for is refused.
+# The calling thread tries the files that are added; one that the engine asked for cannot reach is refused.
 @pytest.mark.parametrize(
     ("threads", "asked_for"), [("every thread", "io_uring"), ("every thread", "auto"), ("the calling thread", "auto")]
 )

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -60,7 +60,7 @@ class Unit:
     index: int | None = None  # in the order
     expected: bool = True  # in the next pass: it was used in the last one
     use_count: float = 0.0  # of a routed one
-    awaits: set[int] = field(default_factory=set)  # threads in lockstep that are still to use it in this pass
+    step: int = -1  # at which the first of the threads in lockstep used it; -1: not used since it was read
 
     @staticmethod
     def of(layout: Layout) -> Unit:
@@ -108,6 +108,7 @@ class Pace:
 
     position: int = -1  # in the order
     steps: int = 0  # units since it began
+    blocked: bool = False  # it waits for another thread
     stopped: bool = False  # it uses no more
 
 
@@ -176,6 +177,12 @@ class Stream:
     def close(self) -> None:
         """Waits for what is being read, and lets go of the files. Idempotent."""
         self._finalizer()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     # ---- what is used ------------------------------------------------------------------------------------------------
 
@@ -423,35 +430,50 @@ class Stream:
     def _leave(self) -> None:
         """This thread uses nothing any more: the others do not keep anything for it."""
         with self._changed:
-            ident = threading.get_ident()
-            self._paces.pop(ident, None)
-            for unit in self._units.values():
-                if ident in unit.awaits:
-                    unit.awaits.remove(ident)
-                    self._release_unused(unit)
+            self._paces.pop(threading.get_ident(), None)
+            self._release_used()
             self._read_ahead()
             self._changed.notify_all()
 
     def _keep_pace(self, unit: Unit) -> bool:
         """Whether this use of the unit moves the order on: not that of a thread that follows others in lockstep."""
-        ident = threading.get_ident()
-        pace = self._paces.get(ident)
+        pace = self._paces.get(threading.get_ident())
         if pace is None:
             return True
         if pace.stopped:
             raise InterruptedError("stopped, with the tasks that it was in lockstep with")
-        if ident in unit.awaits:
-            unit.awaits.remove(ident)
-        else:  # the first of this pass
-            unit.awaits = set(self._paces) - {ident}
-        if unit.index is not None and self._order:
+        if unit.index is not None:
             pace.steps += (unit.index - pace.position) % len(self._order)
             pace.position = unit.index
-        return self._leads(ident)
+        unit.step = max(unit.step, pace.steps)
+        return self._leads()
 
-    def _leads(self, ident: int) -> bool:
-        first = max(self._paces, key=lambda each: (self._paces[each].steps, each), default=None)
-        return first is None or first == ident
+    def _leads(self) -> bool:
+        """Whether no thread in lockstep is further than this one."""
+        ident = threading.get_ident()
+        first = max(self._paces, key=lambda each: (self._paces[each].steps, each), default=ident)
+        return first == ident
+
+    def _is_held(self, unit: Unit) -> bool:
+        """Whether a thread in lockstep is still to use what others have used."""
+        return any(pace.steps < unit.step for pace in self._paces.values())
+
+    def _release_used(self) -> None:
+        """What all threads in lockstep have used."""
+        for unit in list(self._staged.values()):
+            if unit.step >= 0:
+                self._release_unused(unit)
+
+    def _wait(self) -> None:
+        """For what another thread does."""
+        pace = self._paces.get(threading.get_ident())
+        if pace is None:
+            self._changed.wait()
+            return
+        pace.blocked = True
+        self._changed.notify_all()
+        self._changed.wait()
+        pace.blocked = False
 
     # ---- units -------------------------------------------------------------------------------------------------------
 
@@ -477,11 +499,13 @@ class Stream:
         with self._changed:
             unit.users -= 1
             self._release_unused(unit)
+            if self._paces:
+                self._release_used()
             self._read_ahead()
             self._changed.notify_all()
 
     def _release_unused(self, unit: Unit) -> None:
-        if unit.users == 0 and not unit.awaits and not unit.kept and unit.memory is not None:
+        if unit.users == 0 and not unit.kept and unit.memory is not None and not self._is_held(unit):
             self._release(unit)
 
     def _load(self, unit: Unit) -> None:
@@ -489,15 +513,20 @@ class Stream:
         while True:
             with self._changed:
                 while unit.awaited:  # by another thread
-                    self._changed.wait()
+                    self._wait()
                 if unit.loaded:
                     return
-                if unit.memory is None:
-                    self._make_room(unit)
-                if unit.ticket is None:
-                    self._submit(unit, background=False)
-                unit.awaited = True
-                self._read_ahead()
+                unit.awaited = True  # from here on: who waits for room lets go of the lock
+                try:
+                    if unit.memory is None:
+                        self._make_room(unit)
+                    if unit.ticket is None:
+                        self._submit(unit, background=False)
+                    self._read_ahead()
+                except BaseException:
+                    unit.awaited = False
+                    self._changed.notify_all()
+                    raise
             try:
                 ops.reader_wait(self.reader, unit.ticket)
             except BaseException:
@@ -542,20 +571,27 @@ class Stream:
                 f"{unit.byte_count} bytes are wanted at once, staging has {self._staging.byte_count}; raise "
                 f"memory_budget"
             )
-        while not self._place(unit):
-            # Of threads in lockstep only the first waits for the others: so one of them always goes on.
-            leads = self._leads(threading.get_ident())
-            idle = [each for each in self._staged.values() if each.users == 0 and not (leads and each.awaits)]
+        # Whoever has the lock while this one waits may have read the unit ahead.
+        while unit.memory is None and not self._place(unit):
+            # Of threads in lockstep only the first waits for the others, and not where all of them wait: one always
+            # goes on.
+            waits = self._leads() and not all(self._paces[each].blocked for each in self._others())
+            idle = [each for each in self._staged.values() if each.users == 0 and not (waits and self._is_held(each))]
             if idle:
                 self._release(max(idle, key=self._distance))
             else:
-                self._changed.wait()
+                self._wait()
+
+    def _others(self) -> Iterator[int]:
+        """The other threads in lockstep."""
+        return (ident for ident in self._paces if ident != threading.get_ident())
 
     def _distance(self, unit: Unit) -> int:
-        """Units until it is used."""
+        """Units until this thread uses it."""
         if unit.index is None:
             return 0  # announced
-        return (unit.index - self._position) % len(self._order)
+        pace = self._paces.get(threading.get_ident())
+        return (unit.index - (self._position if pace is None else pace.position)) % len(self._order)
 
     def _release(self, unit: Unit) -> None:
         """Takes the unit's memory back."""
@@ -568,6 +604,7 @@ class Stream:
         unit.memory = None
         unit.ticket = None
         unit.loaded = False
+        unit.step = -1
 
     def _count_use(self, unit: Unit) -> None:
         """Decides, before a routed unit is read, whether it stays: the most used do."""
