@@ -167,6 +167,8 @@ def decode_rows(stage: Stage) -> None:
         for dtype in QUANTISED:
             name = f"decode, {dtype}"
             try:
+                with Held(threads=settings.threads) as maker:  # of the copies, once; later processes find them
+                    stage.ours(maker, weight_dtype=dtype)
                 each = stage.held(stack)
                 stage.ours(each, weight_dtype=dtype)
                 held[dtype], calls[dtype] = each, _steps(each)
