@@ -91,7 +91,7 @@ def run(settings: Settings, report: Report, sizes: Sizes, checkpoint: Path | Non
             make_checkpoint(checkpoint, llama_config(sizes.size_bytes))
         roof = stack.enter_context(_roof(settings, checkpoint))
         stage = Stage(settings, report, sizes, str(checkpoint), scratch, lambda: _best(roof()))
-        sections = {"load": load_rows, "decode": decode_rows, "decode, K and V too": kv_rows, "prefill": prefill_row}
+        sections = {"load": load_rows, "decode and prefill": decode_rows, "decode, K and V too": kv_rows}
         for name, rows in sections.items():
             try:
                 rows(stage)
@@ -167,6 +167,8 @@ def decode_rows(stage: Stage) -> None:
         for dtype in QUANTISED:
             name = f"decode, {dtype}"
             try:
+                with Held(threads=settings.threads) as maker:  # of the copies, once; later processes find them
+                    stage.ours(maker, weight_dtype=dtype)
                 each = stage.held(stack)
                 stage.ours(each, weight_dtype=dtype)
                 held[dtype], calls[dtype] = each, _steps(each)
@@ -177,6 +179,7 @@ def decode_rows(stage: Stage) -> None:
         samples = interleave(calls, settings.rounds, stage.roof)
         memory = {name: each("memory") for name, each in held.items()}
         their_memory = peer("memory") if peer is not None else None
+        prefill = prefill_samples(stage, ours, stack)
     mine = samples["ours"]
     theirs = samples.get("accelerate")
     if theirs is not None:
@@ -186,8 +189,8 @@ def decode_rows(stage: Stage) -> None:
             f"{median([s.drive_bytes for s in theirs]) / 1e9:.2f} GB a step from the drive; logits differ from ours by "
             f"{difference:.3g} at most"
         )
-        report.add(Row("  peer: accelerate, disk offload", median(times(theirs)), "s/tok", [drive_time(theirs)], note))
-    others = [drive_time(mine, stage.bar(1.10))]
+        report.add(Row("  peer: accelerate, disk offload", median(times(theirs)), "s/tok", drive_time(theirs), note))
+    others = drive_time(mine, stage.bar(1.10))
     if theirs is not None:
         others.append(_faster(mine, theirs, stage.bar(1.6)))
     report.add(
@@ -198,7 +201,7 @@ def decode_rows(stage: Stage) -> None:
         if dtype not in samples:
             continue
         others = [
-            drive_time(samples[dtype]),
+            *drive_time(samples[dtype]),
             beside("as stored", times(samples[dtype]), times(mine), "s/tok", lower_is_better=True),
         ]
         if theirs is not None:
@@ -208,8 +211,9 @@ def decode_rows(stage: Stage) -> None:
         _memory_row(stage, f"decode, {dtype}", memory[dtype])
     wide = samples["wide"]
     wide_rates, rates = [WIDE / s for s in times(wide)], [1 / s for s in times(mine)]
-    others = [beside("batch 1", wide_rates, rates, "tok/s", bar=stage.bar(10.0)), drive_time(wide)]
+    others = [beside("batch 1", wide_rates, rates, "tok/s", bar=stage.bar(10.0)), *drive_time(wide)]
     report.add(Row(f"decode, as stored, batch {WIDE}, cold", median(wide_rates), "tok/s", others, _note(wide)))
+    prefill_row(stage, prefill)
 
 
 def _steps(held: Held, *, batch: int = 1, count: int = STEPS) -> Callable[[], Sample]:
@@ -250,11 +254,13 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return difference
 
 
-def drive_time(samples: list[Sample], bar: float | None = None) -> Beside:
+def drive_time(samples: list[Sample], bar: float | None = None) -> list[Beside]:
     """Step time over the time in which the drive delivers the bytes that the step read: 1 is never idle."""
+    if not all(sample.drive_bytes for sample in samples):
+        return []  # all of it fits into memory
     drive_s = [sample.drive_bytes / (sample.roofs[DRIVE] * 1e9) for sample in samples]
     ratio = median_ratio(times(samples), drive_s)
-    return Beside(f"time to read its bytes at {DRIVE}", median(drive_s), "s", ratio, bar, at_most=True)
+    return [Beside(f"time to read its bytes at {DRIVE}", median(drive_s), "s", ratio, bar, at_most=True)]
 
 
 def _faster(samples: list[Sample], theirs: list[Sample], bar: float | None) -> Beside:
@@ -311,7 +317,7 @@ def kv_rows(stage: Stage) -> None:
             except HeldError as error:
                 stage.report.skip(name, error)
                 continue
-            row = Row(name, median(times(samples)), "s/tok", [drive_time(samples, stage.bar(1.15))], _note(samples))
+            row = Row(name, median(times(samples)), "s/tok", drive_time(samples, stage.bar(1.15)), _note(samples))
             stage.report.add(row)
         _memory_row(stage, "decode, weights and K and V", held("memory"))
 
@@ -319,27 +325,28 @@ def kv_rows(stage: Stage) -> None:
 # ---- a prompt --------------------------------------------------------------------------------------------------------
 
 
-def prefill_row(stage: Stage) -> None:
+def prefill_samples(stage: Stage, ours: Held, stack: ExitStack) -> dict[str, list[Sample]]:
     tokens = stage.sizes.prompt
-    with ExitStack() as stack:
-        held = stage.held(stack)
-        stage.ours(held)
-        calls = {"ours": _prefill(held, tokens)}
-        note = ""
-        if available_memory_bytes() > 1.2 * checkpoint_bytes(stage.checkpoint) + stage.sizes.limit_bytes:
-            in_memory = stage.held(stack, limited=False)
-            in_memory("open_in_memory", checkpoint=stage.checkpoint)
-            calls = {"memory": _prefill(in_memory, tokens)} | calls
-        else:
-            note = "no memory for the same with all weights in memory; "
-        for call in calls.values():
-            call()
-        samples = interleave(calls, max(stage.settings.rounds // 2, 1), stage.roof)
+    calls = {"ours": _prefill(ours, tokens)}
+    if available_memory_bytes() > 1.2 * checkpoint_bytes(stage.checkpoint) + stage.sizes.limit_bytes:
+        in_memory = stage.held(stack, limited=False)
+        in_memory("open_in_memory", checkpoint=stage.checkpoint)
+        calls = {"memory": _prefill(in_memory, tokens)} | calls
+    for call in calls.values():
+        call()
+    return interleave(calls, max(stage.settings.rounds // 2, 1), stage.roof)
+
+
+def prefill_row(stage: Stage, samples: dict[str, list[Sample]]) -> None:
     mine = samples["ours"]
-    others = [drive_time(mine)]
+    others = drive_time(mine)
+    note = ""
     if "memory" in samples:
         others.append(beside("all weights in memory", times(mine), times(samples["memory"]), "s", lower_is_better=True))
-    stage.report.add(Row(f"prefill {tokens_text(tokens)}", median(times(mine)), "s", others, note + _note(mine)))
+    else:
+        note = "no memory for the same with all weights in memory; "
+    name = f"prefill {tokens_text(stage.sizes.prompt)}, as stored"
+    stage.report.add(Row(name, median(times(mine)), "s", others, note + _note(mine)))
 
 
 def _prefill(held: Held, tokens: int) -> Callable[[], Sample]:

@@ -29,6 +29,7 @@ from torch_csd.weights.convert import WEIGHT_BITS, Target, conversion_path, conv
 from torch_csd.weights.files import Header, read_header
 from torch_csd.weights.functions import SMALL_BYTES
 from torch_csd.weights.layout import Layout, Region, Scaled, as_read, byte_count
+from torch_csd.weights.openmp import let_idle_threads_sleep
 from torch_csd.weights.stream import Stream
 from torch_csd.weights.tensor import FileTensor
 
@@ -119,6 +120,7 @@ def load_checkpoint(
         model.generation_config = _generation_config(path, config, hub)
     model.requires_grad_(False).eval()
     model.weight_stream = stream
+    let_idle_threads_sleep()
     if weight_dtype is not None:
         _quantise(model, weight_dtype, scratch_directory(weight_directory), verify_weights)
     _expect(model, stream)
