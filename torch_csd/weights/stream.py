@@ -364,7 +364,8 @@ class Stream:
         if count <= 1:
             return [layout]
         step = max(size // count, 1)
-        return [narrow(layout, dim, begin, min(begin + step, size)) for begin in range(0, size, step)]
+        pieces = [narrow(layout, dim, begin, min(begin + step, size)) for begin in range(0, size, step)]
+        return [layout] if None in pieces else pieces
 
     # ---- what is expected --------------------------------------------------------------------------------------------
 
