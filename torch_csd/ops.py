@@ -777,8 +777,7 @@ def reader_wait(reader: Tensor, ticket: int) -> None:
     """Returns when all of the ticket is there, which is then in the foreground; forgets it.
 
     Raises:
-        StoreError: something could not be read (EIO was tried twice), or one of its files was changed since it was
-            added.
+        StoreError: something could not be read (EIO was tried twice), or a file has changed since it was added.
         ValueError: there is no such ticket (any more).
     """
     _call(_ops.reader_wait, reader, ticket)

@@ -107,6 +107,17 @@ struct Flight {
   bool lost = false;  // see Ticket
 };
 
+// To another thread than the one it is from, with a text of its own.
+[[noreturn]] void raise(const Error& error) { throw Error(error.kind(), untagged(error)); }
+
+// What the kernel may touch at any time is never let go of.
+void keep_for_good(std::vector<Flight> lost) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<std::vector<Flight>>();
+  std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(std::move(lost));
+}
+
 // What became of the files since they were added, if anything. mutex: State's, not held.
 std::optional<Error> find_change(const std::vector<const File*>& files, std::mutex& mutex) {
   for (const File* file : files) {
@@ -132,7 +143,7 @@ struct FileReader::State {
   explicit State(FileReaderOptions given) : options(std::move(given)) {}
 
   const FileReaderOptions options;
-  std::mutex add_mutex;    // files are added one by one, and the first makes engine and queue
+  std::mutex add_mutex;    // files are added one by one, and the first makes the engine
   std::mutex close_mutex;  // of the thread's end
 
   std::mutex mutex;              // of all that follows, tickets included
@@ -204,8 +215,11 @@ struct FileReader::State {
     done.notify_all();
   }
 
+  // With the first read, not with the first file: staging that is registered is all resident, and loading a
+  // model must not cost it.
   void begin_thread() {
     if (thread.joinable()) return;
+    if (queue == nullptr) make_queue();
     // Signals are for the program's own threads.
     sigset_t all_signals, previous;
     sigfillset(&all_signals);
@@ -218,6 +232,18 @@ struct FileReader::State {
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
     if (error != 0) throw io_error("reader of files", "starting a thread", error);
+  }
+
+  void make_queue() {
+    std::vector<iovec> buffers;
+    const iovec& staging = options.staging;
+    for (size_t at = 0; at < staging.iov_len; at += kRegisteredBytesMax) {
+      buffers.push_back(
+          {static_cast<char*>(staging.iov_base) + at, std::min(kRegisteredBytesMax, staging.iov_len - at)});
+    }
+    queue = engine->make_queue(-1, static_cast<int>(options.queue_depth), buffers);
+    flights.resize(static_cast<size_t>(queue->depth()));
+    for (size_t slot = flights.size(); slot-- > 0;) free_slots.push_back(slot);
   }
 
   // ---- the thread's, under the lock but for submit() ----
@@ -435,17 +461,9 @@ InputFile FileReader::add_file(const std::string& path) {
     struct stat info {};
     if (fstat(opened.fd, &info) != 0) throw io_error(path, "looking at the file", errno);
     std::unique_ptr<IoEngine> engine;
-    std::unique_ptr<IoQueue> queue;
     if (first) {
       const int depth = static_cast<int>(state.options.queue_depth);
-      std::vector<iovec> buffers;
-      const iovec& staging = state.options.staging;
-      for (size_t at = 0; at < staging.iov_len; at += kRegisteredBytesMax) {
-        buffers.push_back(
-            {static_cast<char*>(staging.iov_base) + at, std::min(kRegisteredBytesMax, staging.iov_len - at)});
-      }
       engine = make_io_engine(opened.engine, std::min(depth, kPreadThreadsMax));
-      queue = engine->make_queue(-1, depth, buffers);
     }
     std::lock_guard<std::mutex> lock(state.mutex);
     state.check_open();
@@ -458,10 +476,7 @@ InputFile FileReader::add_file(const std::string& path) {
     file.direct_io = opened.direct_io;
     state.files.push_back({path, opened.fd, file});
     if (first) {
-      state.flights.resize(static_cast<size_t>(queue->depth()));
-      for (size_t slot = state.flights.size(); slot-- > 0;) state.free_slots.push_back(slot);
       state.engine = std::move(engine);
-      state.queue = std::move(queue);
       state.reason = opened.reason;
     }
     return file;
@@ -541,7 +556,7 @@ void FileReader::wait(int64_t number) {
   spent = std::exchange(state.spent, {});
   if (ticket->dropped)
     throw Error(ErrorKind::kValue, "ticket " + text(number) + " was dropped by another thread");
-  if (ticket->error.has_value()) throw *ticket->error;
+  if (ticket->error.has_value()) raise(*ticket->error);
 }
 
 bool FileReader::is_done(int64_t number) {
@@ -570,7 +585,7 @@ void FileReader::drop(int64_t number) {
     state.done.wait(lock, [&] { return ticket->finished; });
   }
   spent = std::exchange(state.spent, {});
-  if (ticket->lost) throw *ticket->error;
+  if (ticket->lost) raise(*ticket->error);
 }
 
 void FileReader::close() {
@@ -590,8 +605,7 @@ void FileReader::close() {
   }
   if (state.thread.joinable()) state.thread.join();
   state.queue.reset();
-  // What is lost may be written to at any time.
-  if (state.lost_count > 0) static_cast<void>(new std::vector<Flight>(std::move(state.flights)));
+  if (state.lost_count > 0) keep_for_good(std::move(state.flights));
   std::lock_guard<std::mutex> lock(state.mutex);
   state.engine.reset();
   for (const File& file : state.files) close_file(file.fd);
