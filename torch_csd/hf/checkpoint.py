@@ -115,7 +115,7 @@ def load_checkpoint(
         raise
     if not chosen:
         swap_attention(model)
-    config._name_or_path = model.name_or_path = path
+    model.config._name_or_path = model.name_or_path = path
     if model.can_generate():
         model.generation_config = _generation_config(path, config, hub)
     model.requires_grad_(False).eval()
@@ -152,8 +152,10 @@ def _weight_files(path: str, hub: dict[str, Any]) -> list[str]:
         with open(index, encoding="utf-8") as file:
             places = json.load(file)["weight_map"]
         shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from None
+    if not shards:
+        raise CheckpointError(f"{index}: names no tensors")
     files = {}
     for shard in shards:
         if not isinstance(shard, str) or os.path.isabs(shard) or ".." in shard.split("/"):

@@ -359,7 +359,7 @@ for _name in ("numpy", "__array__", "tolist", "__dlpack__"):
     _register_in_memory(getattr(torch.Tensor, _name))
 
 
-@_function(torch.Tensor.share_memory_)
+@_function(torch.Tensor.share_memory_, torch.Tensor.untyped_storage, torch.Tensor.storage)
 def _no_memory(tensor: Tensor) -> Tensor:
     raise NotImplementedError(f"FileTensor: {tensor!r} has no memory of its own; use .to_dense() first")
 

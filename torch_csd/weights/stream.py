@@ -165,6 +165,9 @@ class Stream:
         )
         self._finalizer = weakref.finalize(self, _close_reader, self.reader, os.getpid())
 
+    def __deepcopy__(self, memo: dict) -> Stream:
+        return self  # as copies of its tensors use it too
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def open(self, path: str | os.PathLike[str]) -> InputFile:
@@ -588,6 +591,7 @@ class Stream:
 
     def _load(self, unit: Unit) -> None:
         """Returns when its elements are in its memory."""
+        retried = False
         while True:
             with self._changed:
                 while unit.awaited:  # by another thread
@@ -598,7 +602,8 @@ class Stream:
                 try:
                     if unit.memory is None:
                         self._make_room(unit)
-                    if unit.ticket is None:
+                    ahead = unit.ticket is not None
+                    if not ahead:
                         self._submit(unit, background=False)
                     self._read_ahead()
                 except BaseException:
@@ -607,11 +612,14 @@ class Stream:
                     raise
             try:
                 ops.reader_wait(self.reader, unit.ticket)
-            except BaseException:
+            except BaseException as error:
                 with self._changed:
                     unit.awaited = False
                     unit.ticket = None
                     self._changed.notify_all()
+                if isinstance(error, StoreError) and ahead and not retried:
+                    retried = True  # what went wrong then may be over now
+                    continue
                 raise
             with self._changed:
                 unit.awaited = False
