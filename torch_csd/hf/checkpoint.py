@@ -136,11 +136,11 @@ def _weight_files(path: str, hub: dict[str, Any]) -> list[str]:
     Raises:
         CheckpointError: there are none, or the index names one that is missing or lacks a tensor.
     """
+    whole = _find(path, SAFE_WEIGHTS_NAME, hub)
+    if whole is not None:  # as transformers has it, where there are both
+        return [whole]
     index = _find(path, SAFE_WEIGHTS_INDEX_NAME, hub)
     if index is None:
-        whole = _find(path, SAFE_WEIGHTS_NAME, hub)
-        if whole is not None:
-            return [whole]
         if any(_find(path, name, hub) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
             raise CheckpointError(
                 f"{path}: has its weights in {WEIGHTS_NAME} only, which cannot be read in part; convert it once: "
