@@ -61,6 +61,7 @@ class Unit:
     stale: bool = False  # its file was written to while it had users
     index: int | None = None  # in the order
     expected: bool = True  # in the next pass: it was used in the last one
+    last_use: int = 0  # of all uses of the order, counted
     use_count: float = 0.0  # of a routed one
     step: int = -1  # at which the first of the threads in lockstep used it; -1: not used since it was read
     counted: bool = False  # the use that was announced
@@ -147,6 +148,7 @@ class Stream:
         self._units: dict[tuple, Unit] = {}
         self._order: list[Unit] = []
         self._position = -1  # in it: of the last unit that was used
+        self._uses = 0  # of its units
         self._staged: dict[int, Unit] = {}  # by id: those with memory of staging
         self._announced: deque[Unit] = deque()
         self._small: dict[tuple, tuple[Layout, Tensor]] = {}  # whole small tensors, the last used last
@@ -418,6 +420,7 @@ class Stream:
         self._order = []
         self._announced.clear()
         self._position = -1
+        self._uses = 0
         self._routed_bytes_left = 0
 
     def announce(self, layouts: Sequence[Layout]) -> None:
@@ -709,7 +712,7 @@ class Stream:
         if size > self._routed_bytes_left:
             others = (each for each in self._units.values() if each.routed and each.kept and each.users == 0)
             least = min(others, key=lambda each: each.use_count, default=None)
-            if least is None or least.use_count >= unit.use_count or kept_bytes(least) < size:
+            if least is None or least.use_count >= unit.use_count or kept_bytes(least) + self._routed_bytes_left < size:
                 return
             self._release(least)
             least.kept = False
@@ -721,24 +724,34 @@ class Stream:
 
     def _advance(self, unit: Unit) -> None:
         """The unit is used now: goes on to it in the order, which learns from it."""
+        self._uses += 1
+        unit.last_use = self._uses
         unit.expected = True
         if unit.index is None:
             self._insert(unit)
             return
         count = len(self._order)
         distance = (unit.index - self._position) % count
-        if distance > max(_SKIPPED_MAX, count // 2):  # rather one that comes earlier now than all of a pass skipped
-            del self._order[unit.index]
-            if unit.index <= self._position:
-                self._position -= 1
-            self._insert(unit)
-            return
+        near = distance <= max(
+            _SKIPPED_MAX, count // 2
+        )  # else rather one that comes earlier than all of a pass skipped
+        gone = True
         for step in range(1, distance):
             skipped = self._order[(self._position + step) % count]
-            skipped.expected = False
-            if skipped.users == 0 and id(skipped) in self._staged:
-                self._release(skipped)
-        self._position = unit.index
+            unused = self._uses - skipped.last_use > count
+            gone = gone and unused
+            if near or unused:
+                skipped.expected = False
+                if skipped.users == 0 and not self._is_held(skipped) and id(skipped) in self._staged:
+                    self._release(skipped)
+        if gone:
+            self._position = unit.index
+            return
+        # What it came before is used after it, if at all.
+        del self._order[unit.index]
+        if unit.index <= self._position:
+            self._position -= 1
+        self._insert(unit)
 
     def _insert(self, unit: Unit) -> None:
         self._position += 1
