@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -597,3 +598,25 @@ def test_the_engine_is_the_one_that_was_asked_for(make_stream, tmp_path, io_engi
     stream = make_stream()
     Weights(stream, tmp_path / "file", 3).walk([0, 1, 2])
     assert stream.stats()["io_engine"] == io_engine
+
+
+def test_a_child_that_is_forked_while_a_thread_has_the_lock_does_not_hang(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(2**16))
+    stream = Stream(4 * 2**20)
+    layout = Region.make(stream.open(file), torch.uint8, [2**16], 0)
+    with stream._changed:  # as another thread's
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(20)
+                with pytest.raises(StoreClosedError, match="child"), stream.use(layout):
+                    pass
+                status = 0
+            finally:
+                os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with stream.use(layout) as elements:
+        assert elements.shape == (2**16,)
+    stream.close()

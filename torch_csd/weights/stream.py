@@ -166,6 +166,7 @@ class Stream:
             staging=self._staging.memory,
         )
         self._finalizer = weakref.finalize(self, _close_reader, self.reader, os.getpid())
+        _streams.add(self)
 
     def __deepcopy__(self, memo: dict) -> Stream:
         return self  # as copies of its tensors use it too
@@ -828,6 +829,18 @@ def _is_there(file: InputFile) -> bool:
         file.byte_count,
         file.mtime_ns,
     )
+
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child, where a thread that had one is not there any more. Reading raises there."""
+    for stream in _streams:
+        stream._changed = threading.Condition()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _close_reader(reader: Tensor, process: int) -> None:

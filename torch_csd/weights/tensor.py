@@ -128,7 +128,8 @@ class FileTensor(StorageTensor):
     def write_(self, values: Tensor) -> FileTensor:
         """Writes ``values`` ([this shape], converted to the dtype that the file has) over the elements in the file.
 
-        Returns when the file has them; like any write, they are on the drive for good after ``os.fsync``.
+        Returns when the file has them; like any write, they are on the drive for good after ``os.fsync``. Nothing may
+        read the file meanwhile.
 
         Raises:
             ValueError: another shape. StoreError: the file was not opened with ``mode="r+"`` or ``"w+"``, or writing
