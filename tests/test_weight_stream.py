@@ -620,3 +620,19 @@ def test_a_child_that_is_forked_while_a_thread_has_the_lock_does_not_hang(tmp_pa
     with stream.use(layout) as elements:
         assert elements.shape == (2**16,)
     stream.close()
+
+
+def test_layouts_that_are_used_once_are_forgotten(tmp_path, monkeypatch):
+    from torch_csd.weights import stream as module
+
+    monkeypatch.setattr(module, "_UNITS_MAX", 64)
+    file = tmp_path / "file"
+    file.write_bytes(random.Random(0).randbytes(2**20))
+    data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    with Stream(4 * 2**20) as stream:
+        layout = Region.make(stream.open(file), torch.uint8, [1024, 1024], 0)
+        for index in [*range(1024), *range(1000, 1010), 3, 4]:
+            with stream.use(narrow(layout, 0, index, index + 1)) as row:
+                assert torch.equal(row[0], data[index * 1024 : (index + 1) * 1024])
+        assert len(stream._units) <= 128 and len(stream._order) <= 128 and len(stream._pieces) <= 64
+        assert [unit.index for unit in stream._order] == list(range(len(stream._order)))

@@ -40,6 +40,7 @@ _PIECES = 4  # that fit into staging at once, at least
 _AHEAD_UNITS = 256  # at most: of small ones, looking further costs more than it gives
 _SKIPPED_MAX = 8  # a unit so far ahead is still ahead, however short the order is
 _ROWS_BYTES_MAX = MIB  # of rows in memory of their own, until they are copied
+_UNITS_MAX = 2**16  # that are remembered, before those are forgotten that were not used for long
 _AGING_USES = 4096  # of routed units, until all counts are halved
 
 
@@ -54,6 +55,7 @@ class Unit:
     kept: bool = False  # stays in memory from its first use on
     routed: bool = False  # used when something calls for it: not one of the order
     memory: Tensor | None = None
+    view: Tensor | None = None  # the elements there, of one that stays
     ticket: int | None = None  # of the read into it
     loaded: bool = False
     awaited: bool = False  # a thread waits for it already
@@ -62,6 +64,7 @@ class Unit:
     index: int | None = None  # in the order
     expected: bool = True  # in the next pass: it was used in the last one
     last_use: int = 0  # of all uses of the order, counted
+    forgotten: bool = False
     use_count: float = 0.0  # of a routed one
     step: int = -1  # at which the first of the threads in lockstep used it; -1: not used since it was read
     counted: bool = False  # the use that was announced
@@ -79,11 +82,16 @@ class Unit:
 
     def elements(self) -> Tensor:
         """The layout's, out of its memory."""
+        if self.view is not None:
+            return self.view
         leaves = (
             leaf.elements(self.memory[place + each.offset % BLOCK_BYTES :][: each.byte_count])
             for leaf, each, place in zip(self.layout.leaves, self.ranges, self.places, strict=True)
         )
-        return self.layout.assemble(leaves)
+        elements = self.layout.assemble(leaves)
+        if self.kept and elements.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr():
+            self.view = elements
+        return elements
 
 
 def kept_bytes(unit: Unit) -> int:
@@ -146,6 +154,7 @@ class Stream:
         self._changed = threading.Condition()  # of everything below
         self._files: dict[str, InputFile] = {}
         self._units: dict[tuple, Unit] = {}
+        self._pieces: dict[tuple, tuple[int, list[Layout]]] = {}
         self._order: list[Unit] = []
         self._position = -1  # in it: of the last unit that was used
         self._uses = 0  # of its units
@@ -356,6 +365,14 @@ class Stream:
 
     def pieces(self, layout: Layout) -> tuple[int, list[Layout]]:
         """The layout, cut along one dimension into what fits into staging: that dimension, and the pieces in order."""
+        cut = self._pieces.get(layout.key)
+        if cut is None:
+            if len(self._pieces) >= _UNITS_MAX:
+                self._pieces.clear()
+            cut = self._pieces[layout.key] = self._find_pieces(layout)
+        return cut
+
+    def _find_pieces(self, layout: Layout) -> tuple[int, list[Layout]]:
         if isinstance(layout, Join) and layout.dim == 0 and layout.leaves:
             return 0, [piece for part in layout.parts for piece in self._cut(part, 0)]
         dim = 0
@@ -560,6 +577,8 @@ class Stream:
     def _unit(self, layout: Layout, *, routed: bool = False) -> Unit:
         unit = self._units.get(layout.key)
         if unit is None:
+            if len(self._units) >= _UNITS_MAX:
+                self._forget_old()
             unit = self._units[layout.key] = Unit.of(layout)
             unit.routed = routed
         return unit
@@ -695,6 +714,7 @@ class Stream:
         elif unit.memory is not None:
             self._kept_bytes -= unit.memory.numel()
         unit.memory = None
+        unit.view = None
         unit.ticket = None
         unit.loaded = False
         unit.step = -1
@@ -752,13 +772,30 @@ class Stream:
         del self._order[unit.index]
         if unit.index <= self._position:
             self._position -= 1
-        self._insert(unit)
+        self._insert(unit, moved_from=unit.index)
 
-    def _insert(self, unit: Unit) -> None:
+    def _insert(self, unit: Unit, *, moved_from: int | None = None) -> None:
         self._position += 1
         self._order.insert(self._position, unit)
-        for index in range(len(self._order)):
+        begin = self._position if moved_from is None else min(self._position, moved_from)
+        for index in range(begin, len(self._order)):
             self._order[index].index = index
+
+    def _forget_old(self) -> None:
+        """Units that were not used for long, of tensors that may not be there any more."""
+        long_ago = self._uses - _UNITS_MAX // 4
+        for key, unit in list(self._units.items()):
+            if unit.users == 0 and not unit.kept and unit.last_use < long_ago and unit.use_count < 1:
+                if unit.memory is not None:
+                    self._release(unit)
+                del self._units[key]
+                unit.forgotten = True
+        current = self._order[self._position] if self._order else None
+        self._order = [unit for unit in self._order if not unit.forgotten]
+        for index, unit in enumerate(self._order):
+            unit.index = index
+        self._position = -1 if current is None or current.forgotten else current.index
+        self._pieces.clear()
 
     def _read_ahead(self) -> None:
         """Begins to read what is used next, as far as memory goes."""
