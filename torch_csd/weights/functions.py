@@ -149,6 +149,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return NotImplemented
     bias = _kept(bias)
     _check_frozen(input, weight, bias)
+    if input.dim() > 2:  # of strides that have gaps (a prompt's last token) torch makes batches, and copies the weight
+        return linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
     if isinstance(weight._layout, Codes):
         return _linear_of_codes(input, weight, bias)
     stream = weight._stream
