@@ -149,7 +149,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return NotImplemented
     bias = _kept(bias)
     _check_frozen(input, weight, bias)
-    if input.dim() > 2:  # of strides that have gaps (a prompt's last token) torch makes batches, and copies the weight
+    if input.dim() > 2 and byte_count(weight._layout) > SMALL_BYTES:
+        # Of strides that have gaps (a prompt's last token) torch makes batches, and copies the weight for them.
         return linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
     if isinstance(weight._layout, Codes):
         return _linear_of_codes(input, weight, bias)
