@@ -414,15 +414,14 @@ class Stream:
                 return
             self._small_bytes_max = max(small_bytes, MIB)
             left = self.memory_budget_bytes - self._staging.byte_count - small_bytes
-            total = sum(unit.byte_count for unit in self._order)
-            share = min(max(left, 0) / max(total, 1), 1.0)
+            share = min(max(left, 0) / max(sum(kept_bytes(unit) for unit in self._order), 1), 1.0)
             due = 0.0
             for unit in self._order:
-                due += share * unit.byte_count
                 size = kept_bytes(unit)
-                if share == 1.0 or (due >= unit.byte_count / 2 and size <= left):
+                due += share * size
+                if due >= size / 2 and size <= left:
                     unit.kept = True
-                    due -= unit.byte_count
+                    due -= size
                     left -= size
             self._routed_bytes = routed_bytes
             self._routed_bytes_left = max(min(left, routed_bytes), 0)
