@@ -463,8 +463,16 @@ class Stream:
 
     def measure_rate(self) -> float:
         """Bytes/s of the drive, reading what is used next anyway: as much as is read ahead."""
-        before = ops.reader_stats(self.reader)
+        self._finish_ahead()  # into memory that is new to the kernel, which takes its time
+        with self._changed:
+            for unit in [unit for unit in self._staged.values() if unit.users == 0]:
+                self._release(unit)
         begin_s = time.perf_counter()
+        byte_count = self._finish_ahead()
+        return max(byte_count, 1) / (time.perf_counter() - begin_s)
+
+    def _finish_ahead(self) -> int:
+        """Reads as much ahead as memory holds, and returns when it is there: bytes."""
         with self._changed:
             self._read_ahead()
             ahead = [unit for unit in self._order if unit.ticket is not None]
@@ -473,13 +481,11 @@ class Stream:
         try:
             for unit in ahead:
                 self._load(unit)
-            elapsed_s = time.perf_counter() - begin_s
         finally:
             with self._changed:
                 for unit in ahead:
                     unit.users -= 1
-        after = ops.reader_stats(self.reader)
-        return max(after["bytes_moved"] - before["bytes_moved"], 1) / elapsed_s
+        return sum(unit.byte_count for unit in ahead)
 
     # ---- lockstep ----------------------------------------------------------------------------------------------------
 
