@@ -899,6 +899,75 @@ Tensor quantised_linear(const Tensor& x_any, const Tensor& rows, int64_t bits, s
   return out;
 }
 
+// ---- weights as checkpoints store them (kernels/weights.h) ----
+
+// [rows, columns], adjacent within a row.
+void check_matrix(const Tensor& matrix, ScalarType type, const char* what, const char* kind) {
+  if (matrix.dim() != 2 || matrix.scalar_type() != type || !matrix.is_cpu() ||
+      (matrix.size(1) > 1 && matrix.stride(1) != 1)) {
+    fail(std::string(what) + " must be a " + kind + " CPU tensor of rows whose elements are adjacent");
+  }
+}
+
+Tensor widen_mxfp4(const Tensor& values, const Tensor& scales, ScalarType dtype, std::string simd) {
+  check_matrix(values, ScalarType::Byte, "values", "uint8");
+  check_matrix(scales, ScalarType::Byte, "scales", "uint8");
+  const DType target_dtype = to_dtype(dtype, "dtype");
+  if (scales.size(0) != values.size(0) || scales.size(1) * (kMxBlock / 2) != values.size(1)) {
+    fail("scales must be one for each 16 bytes of values, got [" + text(scales.size(0)) + ", " +
+         text(scales.size(1)) + "] for [" + text(values.size(0)) + ", " + text(values.size(1)) + "]");
+  }
+  Tensor weight = new_tensor({values.size(0), 2 * values.size(1)}, dtype);
+  const Mxfp4Rows rows{static_cast<const uint8_t*>(values.const_data_ptr()),
+                       values.stride(0),
+                       static_cast<const uint8_t*>(scales.const_data_ptr()),
+                       scales.stride(0),
+                       values.size(0),
+                       scales.size(1)};
+  csd::widen_mxfp4(linear_context(simd), rows, target_dtype, weight.mutable_data_ptr());
+  return weight;
+}
+
+Fp8 to_fp8(const std::string& format) {
+  if (format == "e4m3fn") return Fp8::kE4M3Fn;
+  if (format == "e5m2") return Fp8::kE5M2;
+  if (format == "e4m3fnuz") return Fp8::kE4M3Fnuz;
+  fail("format must be e4m3fn, e5m2 or e4m3fnuz, got " + format);
+}
+
+constexpr int64_t kFp8BlockMax = int64_t{1} << 40;  // no sum of sides overflows
+
+// values: as uint8, which every torch's ABI has.
+Tensor widen_fp8(const Tensor& values, std::string format, const Tensor& scales, std::vector<int64_t> block,
+                 std::vector<int64_t> begin, ScalarType dtype, std::string simd) {
+  check_matrix(values, ScalarType::Byte, "values", "uint8");
+  check_matrix(scales, ScalarType::Float, "scales", "float32");
+  const DType target_dtype = to_dtype(dtype, "dtype");
+  if (block.size() != 2 || begin.size() != 2) fail("block and begin must be of two numbers each");
+  for (int side = 0; side < 2; ++side) {
+    if (block[side] < 1 || block[side] > kFp8BlockMax || begin[side] < 0 || begin[side] >= block[side]) {
+      fail("begin must lie inside of a block of 1 to " + text(kFp8BlockMax) + ", got " + text(begin[side]) +
+           " of " + text(block[side]));
+    }
+    const int64_t blocks = scales.size(side);
+    const int64_t wanted =
+        values.size(side) == 0 ? 0 : (values.size(side) - 1 + begin[side]) / block[side] + 1;
+    if (blocks < wanted) {
+      fail("scales must cover the values: along dim " + text(side) + " wanted " + text(wanted) + ", got " +
+           text(blocks));
+    }
+  }
+  Tensor weight = new_tensor({values.size(0), values.size(1)}, dtype);
+  const Fp8Rows rows{to_fp8(format),   static_cast<const uint8_t*>(values.const_data_ptr()),
+                     values.stride(0), values.size(0),
+                     values.size(1),   static_cast<const float*>(scales.const_data_ptr()),
+                     scales.stride(0), block[0],
+                     block[1],         begin[0],
+                     begin[1]};
+  csd::widen_fp8(linear_context(simd), rows, target_dtype, weight.mutable_data_ptr());
+  return weight;
+}
+
 // ---- the drive's I/O, for memory of others ----
 
 // queue: {drive, the queue's number, -1}, the caller's as other handles are.
@@ -1208,6 +1277,11 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("quantise_rows(Tensor weight, int bits, str simd) -> Tensor");
   m.def("dequantise_rows(Tensor rows, int bits, SymInt in_features, ScalarType dtype, str simd) -> Tensor");
   m.def("quantised_linear(Tensor x, Tensor rows, int bits, Tensor? bias, str simd) -> Tensor");
+  m.def("widen_mxfp4(Tensor values, Tensor scales, ScalarType dtype, str simd) -> Tensor");
+  m.def(
+      "widen_fp8(Tensor values, str format, Tensor scales, SymInt[] block, SymInt[] begin, ScalarType dtype, "
+      "str "
+      "simd) -> Tensor");
   m.def("io_open(Tensor(a!) queue, Tensor drive, int depth) -> ()");
   m.def(
       "io_submit(Tensor(a!) queue, bool write, int file_offset, Tensor(b!) memory, int offset, int "
@@ -1278,6 +1352,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("quantise_rows", TORCH_BOX(&csd::ops::quantise_rows));
   m.impl("dequantise_rows", TORCH_BOX(&csd::ops::dequantise_rows));
   m.impl("quantised_linear", TORCH_BOX(&csd::ops::quantised_linear));
+  m.impl("widen_mxfp4", TORCH_BOX(&csd::ops::widen_mxfp4));
+  m.impl("widen_fp8", TORCH_BOX(&csd::ops::widen_fp8));
   m.impl("io_open", TORCH_BOX(&csd::ops::io_open));
   m.impl("io_submit", TORCH_BOX(&csd::ops::io_submit));
   m.impl("io_reap", TORCH_BOX(&csd::ops::io_reap));

@@ -644,6 +644,53 @@ def quantised_linear(
     return out.view(*x.shape[:-1], rows.shape[0])
 
 
+# ---- weights as checkpoints store them (csrc/kernels/weights.h) ----------------------------------------------------
+
+_FP8_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2", torch.float8_e4m3fnuz: "e4m3fnuz"}
+FP8_DTYPES = frozenset(_FP8_FORMATS)  # that widen_fp8 knows
+
+
+def widen_mxfp4(values: Tensor, scales: Tensor, *, dtype: torch.dtype, simd: str | None = None) -> Tensor:
+    """MXFP4 (OCP Microscaling formats 1.0) as ``dtype``: ``[rows, in]``. A block with scale 255 is NaN.
+
+    Args:
+        values: uint8 ``[rows, in / 2]``, the first of two elements in the low bits; rows at any address and stride.
+        scales: uint8 ``[rows, in / 32]``, exponents of 2 plus 127; likewise.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: a shape, a stride or a dtype does not fit.
+    """
+    return _call(_ops.widen_mxfp4.default, values, scales, dtype, simd_name(simd))
+
+
+def widen_fp8(
+    values: Tensor,
+    scales: Tensor,
+    *,
+    block: tuple[int, int],
+    begin: tuple[int, int] = (0, 0),
+    dtype: torch.dtype,
+    simd: str | None = None,
+) -> Tensor:
+    """``value * scale`` in float32, rounded to ``dtype``: ``[rows, in]``.
+
+    Args:
+        values: of one of `FP8_DTYPES`, ``[rows, in]``; rows at any address and stride.
+        scales: float32 ``[rows of blocks, columns of blocks]``.
+        block: elements that share a scale, down and across.
+        begin: where in its block the first element is.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: a shape, a stride or a dtype does not fit.
+    """
+    if values.dtype not in FP8_DTYPES:
+        raise ValueError(f"values must be float8_e4m3fn, float8_e5m2 or float8_e4m3fnuz, got {values.dtype}")
+    arguments = (values.view(torch.uint8), _FP8_FORMATS[values.dtype], scales, block, begin, dtype, simd_name(simd))
+    return _call(_ops.widen_fp8.default, *arguments)
+
+
 # ---- the drive's I/O, for memory of others ------------------------------------------------------------------------
 
 
@@ -952,6 +999,16 @@ def _(weight, bits, simd):
 @torch.library.register_fake("torch_csd::dequantise_rows")
 def _(rows, bits, in_features, dtype, simd):
     return rows.new_empty((rows.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.register_fake("torch_csd::widen_mxfp4")
+def _(values, scales, dtype, simd):
+    return values.new_empty((values.shape[0], 2 * values.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("torch_csd::widen_fp8")
+def _(values, format, scales, block, begin, dtype, simd):
+    return values.new_empty(values.shape, dtype=dtype)
 
 
 @torch.library.register_fake("torch_csd::quantised_linear")

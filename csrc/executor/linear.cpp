@@ -4,7 +4,6 @@
 #include <atomic>
 
 #include "base/aligned_buffer.h"
-#include "kernels/weights.h"
 
 namespace csd {
 namespace {
@@ -105,6 +104,32 @@ void dequantise_rows(const LinearContext& context, int code_bits, const uint8_t*
     }
   };
   over_rows(context, row_count, row_count * in_features / kElementsPerThread, task);
+}
+
+void widen_mxfp4(const LinearContext& context, const Mxfp4Rows& rows, DType target_dtype, void* target) {
+  const int64_t column_count = rows.block_count * kMxBlock;
+  const int64_t target_bytes = column_count * element_bytes(target_dtype);
+  const auto task = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      context.kernels.widen_mxfp4_row(rows.values + n * rows.values_stride,
+                                      rows.scales + n * rows.scales_stride, rows.block_count, target_dtype,
+                                      static_cast<char*>(target) + n * target_bytes);
+    }
+  };
+  over_rows(context, rows.row_count, rows.row_count * column_count / kElementsPerThread, task);
+}
+
+void widen_fp8(const LinearContext& context, const Fp8Rows& rows, DType target_dtype, void* target) {
+  const int64_t target_bytes = rows.column_count * element_bytes(target_dtype);
+  const auto task = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* scales = rows.scales + (rows.begin_row + n) / rows.block_rows * rows.scales_stride;
+      context.kernels.widen_fp8_row(rows.format, rows.values + n * rows.values_stride, rows.column_count,
+                                    scales, rows.block_columns, rows.begin_column, target_dtype,
+                                    static_cast<char*>(target) + n * target_bytes);
+    }
+  };
+  over_rows(context, rows.row_count, rows.row_count * rows.column_count / kElementsPerThread, task);
 }
 
 }  // namespace csd
