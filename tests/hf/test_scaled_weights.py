@@ -168,6 +168,31 @@ def test_views_take_their_scales_along(scaled, view):
     assert torch.equal(view(stored).to_dense(), view(expected))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 16, 1000])
+def test_large_weights_are_widened_in_blocks_of_rows(scaled, monkeypatch, rows):
+    from torch_csd.weights import functions
+
+    stored, expected = scaled
+    monkeypatch.setattr(functions, "_WHOLE_BYTES_MAX", 0)
+    bias = torch.randn(70)
+    for view in (
+        lambda each: each[1],
+        lambda each: each[0, 5:47, 19:41],
+        lambda each: each[2].t()[5:, 11:70],
+        lambda each: torch.cat([each[0, 3:9], each[2, 60:]]),
+        lambda each: each[1, 33:33],
+        lambda each: each[1].to(torch.bfloat16),
+    ):
+        weight, dense = view(stored), view(expected)
+        monkeypatch.setattr(functions, "_BLOCK_BYTES", rows * 4 * dense.shape[1])
+        # Each product has one term that is not zero: nothing rounds.
+        x, part = torch.eye(dense.shape[1], dtype=dense.dtype), bias[: dense.shape[0]].to(dense.dtype)
+        assert torch.equal(torch.nn.functional.linear(x, weight), dense.t())
+        assert torch.equal(
+            torch.nn.functional.linear(x[None, :, None], weight, part), (dense.t() + part)[None, :, None]
+        )
+
+
 def test_steps_and_elements_are_refused(scaled):
     for view in (lambda each: each[0, ::2], lambda each: each[0, 3], lambda each: each.view(-1)):
         with pytest.raises(NotImplementedError, match="to_dense"):
@@ -253,7 +278,8 @@ def test_mxfp4_experts_are_computed_with_as_they_are_stored(tmp_path, weight_dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_mxfp4_elements_are_those_of_the_specification(tmp_path, dtype):
+def test_mxfp4_elements_are_those_of_the_specification(tmp_path, monkeypatch, dtype):
+    from torch_csd.weights import functions
     from torch_csd.weights.layout import Packed
 
     file = tmp_path / "weights.safetensors"
@@ -272,4 +298,8 @@ def test_mxfp4_elements_are_those_of_the_specification(tmp_path, dtype):
     assert torch.equal(stored.to_dense(), expected)
     assert torch.equal(stored[1, 1:3].to_dense(), expected[1, 1:3])
     assert torch.equal(stored.mT[0][:, 2:].to_dense(), expected.mT[0][:, 2:])
+    for name, size in (("_WHOLE_BYTES_MAX", 0), ("_BLOCK_BYTES", 3 * 128 * dtype.itemsize)):
+        monkeypatch.setattr(functions, name, size)
+    x = torch.eye(128, dtype=dtype)  # each product has one term that is not zero
+    assert torch.equal(torch.nn.functional.linear(x, stored[1]), expected[1].t())
     assert torch.equal(stored[0].to_dense().signbit(), expected[0].signbit())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_csd.weights.layout import Codes, Join, Layout, as_read, aten, byte_count
+from torch_csd.weights.layout import Codes, Join, Layout, Packed, Scaled, as_read, aten, byte_count
 from torch_csd.weights.quantised import dense, quantised_linear
 from torch_csd.weights.tensor import FileTensor
 
@@ -154,18 +154,51 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     stream = weight._stream
     dim, pieces = stream.pieces(weight._layout)
     if len(pieces) == 1:
-        with stream.use(pieces[0], routed=weight._routed) as dense:
-            return functional.linear(input, weight.converted(dense), bias)
+        return _linear_of_piece(input, weight, pieces[0], bias)
     if dim == 0 and weight.dim() > 1:
         outs, begin = [], 0
         for piece in pieces:
             end = begin + piece.shape[0]
-            part = None if bias is None else bias[begin:end]
-            with stream.use(piece, routed=weight._routed) as dense:
-                outs.append(functional.linear(input, weight.converted(dense), part))
+            outs.append(_linear_of_piece(input, weight, piece, None if bias is None else bias[begin:end]))
             begin = end
         return torch.cat(outs, dim=-1)
     return _sum_over_pieces(input, weight, pieces, bias)
+
+
+# Of a widened weight. glibc takes 32 MiB and more from the kernel and gives it back each time, and so many page faults
+# take longer than the product. Milliseconds of two threads for fp8 [2048, 7168] and MXFP4 [5760, 2880] with so many
+# rows of x, widened as a whole and in blocks (AMD EPYC, Zen 5 with AVX-512, 2 cores, busy, 2026-11-26, torch 2.13; 4
+# and 16 MiB are within a third of 8, 1 and 2 MiB up to twice as slow in bfloat16):
+#
+#   rows of x                   1             16             64
+#   fp8    float32  56 MiB   28   1.6      70    19       78    48
+#   MXFP4  float32  63 MiB   23   2.4      33    16       46    22
+#   fp8    bfloat16 28 MiB  2.4   2.7     2.8   3.0      4.2   4.9
+#   MXFP4  bfloat16 32 MiB  1.9   2.0     2.7   2.4      6.7   6.5
+#
+# Of these shapes, and of their transposes, torch's bfloat16 products of blocks are those of the whole, to the bit; of
+# float32 some are added up in another order, so what is not large stays whole.
+_BLOCK_BYTES = 8 * 2**20
+_WHOLE_BYTES_MAX = 16 * 2**20
+
+
+def _linear_of_piece(input: Tensor, weight: FileTensor, piece: Layout, bias: Tensor | None) -> Tensor:
+    """The same for what fits into staging."""
+    row_bytes = piece.shape[-1] * piece.dtype.itemsize
+    by_rows = isinstance(piece, Scaled) or (isinstance(piece, Packed) and not piece.transposed)
+    if not by_rows or len(piece.shape) != 2 or row_bytes * piece.shape[0] <= _WHOLE_BYTES_MAX:
+        with weight._stream.use(piece, routed=weight._routed) as dense:
+            return functional.linear(input, weight.converted(dense), bias)
+    with weight._stream.use_leaves(piece, routed=weight._routed) as leaves:
+        values, scales = piece.stored(leaves)
+        # Columns of what is stored are no rows.
+        step = max(1, _BLOCK_BYTES // row_bytes) if values.stride(1) == 1 else piece.shape[0]
+        outs = []
+        for begin in range(0, piece.shape[0], step):
+            end = min(begin + step, piece.shape[0])
+            block = weight.converted(piece.rows(values, scales, begin, end))
+            outs.append(functional.linear(input, block, None if bias is None else bias[begin:end]))
+        return torch.cat(outs, dim=-1)
 
 
 def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> Tensor:

@@ -262,9 +262,20 @@ class Scaled:
     def leaves(self) -> tuple[Region, ...]:
         return self.values.leaves + self.scales.leaves
 
+    def stored(self, leaves: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Values and scales."""
+        return self.values.assemble(leaves), self.scales.assemble(leaves)
+
     def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
-        values, scales = self.values.assemble(leaves), self.scales.assemble(leaves)
-        return widen_fp8(values, scales, block=self.block, begin=self.begin, dtype=self.dtype)
+        return widen_fp8(*self.stored(leaves), block=self.block, begin=self.begin, dtype=self.dtype)
+
+    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int) -> Tensor:
+        """Output features [begin, end) of what is [out, in], from all values and scales."""
+        side, first = self.block[0], self.begin[0] + begin
+        scales = scales[first // side : -(-(self.begin[0] + end) // side)]
+        return widen_fp8(
+            values[begin:end], scales, block=self.block, begin=(first % side, self.begin[1]), dtype=self.dtype
+        )
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
         handler = _SCALED_VIEWS.get(func)
@@ -296,10 +307,17 @@ class Packed:
     def leaves(self) -> tuple[Region, ...]:
         return self.values.leaves + self.scales.leaves
 
+    def stored(self, leaves: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Values and scales."""
+        return self.values.assemble(leaves), self.scales.assemble(leaves)
+
     def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
-        values, scales = self.values.assemble(leaves), self.scales.assemble(leaves)
-        weight = widen_mxfp4(values, scales, dtype=self.dtype)
+        weight = widen_mxfp4(*self.stored(leaves), dtype=self.dtype)
         return weight.mT if self.transposed else weight
+
+    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int) -> Tensor:
+        """Output features [begin, end) of what is [out, in] and not transposed, from all values and scales."""
+        return widen_mxfp4(values[begin:end], scales[begin:end], dtype=self.dtype)
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
         handler = _ROWS_VIEWS.get(func)
