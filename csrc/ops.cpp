@@ -867,6 +867,16 @@ Tensor dequantise_rows(const Tensor& rows, int64_t bits, int64_t in_features, Sc
   return weight;
 }
 
+const void* bias_of(const std::optional<Tensor>& bias, int64_t row_count, const Tensor& x) {
+  if (!bias.has_value()) return nullptr;
+  if (bias->dim() != 1 || bias->numel() != row_count || bias->scalar_type() != x.scalar_type() ||
+      !bias->is_contiguous() || !bias->is_cpu()) {
+    fail("bias must be a contiguous CPU tensor of " + text(row_count) +
+         " elements (one per row) in x's dtype, got " + text(bias->numel()));
+  }
+  return bias->const_data_ptr();
+}
+
 // x: [rows of x, in_features]; ops.py brings it there.
 Tensor quantised_linear(const Tensor& x_any, const Tensor& rows, int64_t bits, std::optional<Tensor> bias,
                         std::string simd) {
@@ -884,15 +894,7 @@ Tensor quantised_linear(const Tensor& x_any, const Tensor& rows, int64_t bits, s
   linear.x = x.const_data_ptr();
   linear.x_count = x.size(0);
   linear.x_stride = x.stride(0);
-  linear.bias = nullptr;
-  if (bias.has_value()) {
-    if (bias->dim() != 1 || bias->numel() != linear.row_count || bias->scalar_type() != x.scalar_type() ||
-        !bias->is_contiguous() || !bias->is_cpu()) {
-      fail("bias must be a contiguous CPU tensor of " + text(linear.row_count) +
-           " elements (one per row) in x's dtype, got " + text(bias->numel()));
-    }
-    linear.bias = bias->const_data_ptr();
-  }
+  linear.bias = bias_of(bias, linear.row_count, x);
   Tensor out = new_tensor({linear.x_count, linear.row_count}, x.scalar_type());
   linear.out = out.mutable_data_ptr();
   if (out.numel() > 0) csd::quantised_linear(linear_context(simd), linear);
@@ -909,23 +911,48 @@ void check_matrix(const Tensor& matrix, ScalarType type, const char* what, const
   }
 }
 
-Tensor widen_mxfp4(const Tensor& values, const Tensor& scales, ScalarType dtype, std::string simd) {
+Mxfp4Rows mxfp4_rows(const Tensor& values, const Tensor& scales) {
   check_matrix(values, ScalarType::Byte, "values", "uint8");
   check_matrix(scales, ScalarType::Byte, "scales", "uint8");
-  const DType target_dtype = to_dtype(dtype, "dtype");
   if (scales.size(0) != values.size(0) || scales.size(1) * (kMxBlock / 2) != values.size(1)) {
     fail("scales must be one for each 16 bytes of values, got [" + text(scales.size(0)) + ", " +
          text(scales.size(1)) + "] for [" + text(values.size(0)) + ", " + text(values.size(1)) + "]");
   }
+  return {static_cast<const uint8_t*>(values.const_data_ptr()),
+          values.stride(0),
+          static_cast<const uint8_t*>(scales.const_data_ptr()),
+          scales.stride(0),
+          values.size(0),
+          scales.size(1)};
+}
+
+Tensor widen_mxfp4(const Tensor& values, const Tensor& scales, ScalarType dtype, std::string simd) {
+  const Mxfp4Rows rows = mxfp4_rows(values, scales);
+  const DType target_dtype = to_dtype(dtype, "dtype");
   Tensor weight = new_tensor({values.size(0), 2 * values.size(1)}, dtype);
-  const Mxfp4Rows rows{static_cast<const uint8_t*>(values.const_data_ptr()),
-                       values.stride(0),
-                       static_cast<const uint8_t*>(scales.const_data_ptr()),
-                       scales.stride(0),
-                       values.size(0),
-                       scales.size(1)};
   csd::widen_mxfp4(linear_context(simd), rows, target_dtype, weight.mutable_data_ptr());
   return weight;
+}
+
+// x: [rows of x, in_features]; ops.py brings it there.
+Tensor mxfp4_linear(const Tensor& x_any, const Tensor& values, const Tensor& scales,
+                    std::optional<Tensor> bias, std::string simd) {
+  Mxfp4Linear linear;
+  linear.rows = mxfp4_rows(values, scales);
+  if (x_any.dim() != 2 || !x_any.is_cpu() || x_any.size(1) != 2 * values.size(1)) {
+    fail("x must be a CPU tensor of 2 dimensions here (ops.py folds others) with " +
+         text(2 * values.size(1)) + " features, two for each byte of a row of values");
+  }
+  const Tensor x = dense_last(x_any);
+  linear.dtype = to_dtype(x.scalar_type(), "x");
+  linear.x = x.const_data_ptr();
+  linear.x_count = x.size(0);
+  linear.x_stride = x.stride(0);
+  linear.bias = bias_of(bias, linear.rows.row_count, x);
+  Tensor out = new_tensor({linear.x_count, linear.rows.row_count}, x.scalar_type());
+  linear.out = out.mutable_data_ptr();
+  if (out.numel() > 0) csd::mxfp4_linear(linear_context(simd), linear);
+  return out;
 }
 
 Fp8 to_fp8(const std::string& format) {
@@ -1277,6 +1304,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("quantise_rows(Tensor weight, int bits, str simd) -> Tensor");
   m.def("dequantise_rows(Tensor rows, int bits, SymInt in_features, ScalarType dtype, str simd) -> Tensor");
   m.def("quantised_linear(Tensor x, Tensor rows, int bits, Tensor? bias, str simd) -> Tensor");
+  m.def("mxfp4_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias, str simd) -> Tensor");
   m.def("widen_mxfp4(Tensor values, Tensor scales, ScalarType dtype, str simd) -> Tensor");
   m.def(
       "widen_fp8(Tensor values, str format, Tensor scales, SymInt[] block, SymInt[] begin, ScalarType dtype, "
@@ -1352,6 +1380,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("quantise_rows", TORCH_BOX(&csd::ops::quantise_rows));
   m.impl("dequantise_rows", TORCH_BOX(&csd::ops::dequantise_rows));
   m.impl("quantised_linear", TORCH_BOX(&csd::ops::quantised_linear));
+  m.impl("mxfp4_linear", TORCH_BOX(&csd::ops::mxfp4_linear));
   m.impl("widen_mxfp4", TORCH_BOX(&csd::ops::widen_mxfp4));
   m.impl("widen_fp8", TORCH_BOX(&csd::ops::widen_fp8));
   m.impl("io_open", TORCH_BOX(&csd::ops::io_open));

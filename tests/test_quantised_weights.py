@@ -331,6 +331,42 @@ def test_mxfp4_is_widened_as_specified(simd, rows, blocks, dtype, offset, seed):
     assert_same(weight, reference.widen_mxfp4(values, scales).to(dtype))
 
 
+@given(
+    x_rows=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 17]),
+    rows=st.integers(0, 70),
+    blocks=st.one_of(st.integers(1, 40), st.just(90)),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    biased=st.booleans(),
+    offset=st.integers(0, 63),
+    seed=st.integers(0, 99),
+)
+def test_the_linear_on_mxfp4_is_that_of_its_values(simd, x_rows, rows, blocks, dtype, biased, offset, seed):
+    values = random_bytes((rows, 16 * blocks + 5), seed, offset)[:, 5:]
+    scales = (random_bytes((rows, blocks + 1), seed + 1, offset) // 8 + 110)[:, :blocks]
+    x = random_weight(x_rows, 32 * blocks, dtype, seed + 1)
+    bias = random_weight(1, rows, dtype, seed + 2)[0] if biased else None
+    out = ops.mxfp4_linear(x, values, scales, bias=bias, simd=simd)
+    weight = reference.widen_mxfp4(values, scales).double()
+    wide = None if bias is None else bias.double()
+    expected = torch.nn.functional.linear(x.double(), weight, wide).to(dtype).double()  # float16 may be infinite
+    magnitude = torch.nn.functional.linear(x.double().abs(), weight.abs(), None if bias is None else wide.abs())
+    assert out.dtype == dtype and out.shape == (x_rows, rows)
+    close = (out.double() - expected).abs() <= SUM_RTOL * magnitude + 2 * ULP[dtype] * magnitude
+    assert (close | (out.double() == expected)).all()
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 126, 127, 128, 250, 254, 255])
+def test_the_linear_on_mxfp4_knows_every_scale(simd, scale):
+    values = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    scales = torch.full((16, 1), scale, dtype=torch.uint8)
+    out = ops.mxfp4_linear(torch.eye(32) / 8, values, scales, simd=simd)  # / 8: no sum of zeros times infinity
+    weight = reference.widen_mxfp4(values, scales)
+    if scale > 253:  # what is infinite makes a NaN of each zero
+        assert out.isnan().any() and (scale == 254 or out.isnan().all())
+    else:
+        torch.testing.assert_close(out, weight.t() / 8, rtol=0, atol=0)
+
+
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e4m3fnuz": torch.float8_e4m3fnuz}
 SCALES = [0.0, -0.0, 1.0, -1.5, 2.0**-149, 3e-39, 1.7e-7, 1 / 448, 3.3, 65504.0, 2.0**126, 3e38, torch.inf, torch.nan]
 
@@ -413,6 +449,12 @@ def test_what_cannot_be_widened_is_said():
         ops.widen_mxfp4(values[:5], scales, dtype=torch.float32)
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         ops.widen_mxfp4(values, scales, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must be a CPU tensor of 2 dimensions .* with 64 features"):
+        ops.mxfp4_linear(torch.randn(2, 32), values, scales)
+    with pytest.raises(ValueError, match="bias must be a contiguous CPU tensor of 6 elements"):
+        ops.mxfp4_linear(torch.randn(2, 64), values, scales, bias=torch.zeros(5))
+    with pytest.raises(NotImplementedError, match="not differentiable"):
+        ops.mxfp4_linear(torch.randn(2, 64, requires_grad=True), values, scales).sum().backward()
     fp8, grid = values.view(torch.float8_e4m3fn), torch.rand(2, 2)
     with pytest.raises(ValueError, match="values must be float8_e4m3fn, float8_e5m2 or float8_e4m3fnuz"):
         ops.widen_fp8(values, grid, block=(3, 16), dtype=torch.float32)

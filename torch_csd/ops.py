@@ -634,13 +634,16 @@ def quantised_linear(
     Raises:
         ValueError: a shape, a dtype or ``bits`` does not fit.
     """
+    return _linear(_ops.quantised_linear.default, x, rows, bits, bias, simd_name(simd))
+
+
+def _linear(op: Callable[..., Tensor], x: Tensor, rows: Tensor, *arguments: Tensor | int | str | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    arguments = (flat, rows, bits, bias, simd_name(simd))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        out = _call(_ops.quantised_linear.default, *arguments)
+        out = _call(op, flat, rows, *arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # as in attend
-            out = _call(_ops.quantised_linear.default, *arguments)
+            out = _call(op, flat, rows, *arguments)
     return out.view(*x.shape[:-1], rows.shape[0])
 
 
@@ -662,6 +665,22 @@ def widen_mxfp4(values: Tensor, scales: Tensor, *, dtype: torch.dtype, simd: str
         ValueError: a shape, a stride or a dtype does not fit.
     """
     return _call(_ops.widen_mxfp4.default, values, scales, dtype, simd_name(simd))
+
+
+def mxfp4_linear(
+    x: Tensor, values: Tensor, scales: Tensor, *, bias: Tensor | None = None, simd: str | None = None
+) -> Tensor:
+    """``x @ weight.T + bias``: ``[..., rows]`` in x's dtype, in float32 until then. For few rows of x.
+
+    Args:
+        x: ``[..., in]``, float32, bfloat16 or float16.
+        values, scales: as of :func:`widen_mxfp4`.
+        bias: ``[rows]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, a stride or a dtype does not fit.
+    """
+    return _linear(_ops.mxfp4_linear.default, x, values, scales, bias, simd_name(simd))
 
 
 def widen_fp8(
@@ -1006,6 +1025,11 @@ def _(values, scales, dtype, simd):
     return values.new_empty((values.shape[0], 2 * values.shape[1]), dtype=dtype)
 
 
+@torch.library.register_fake("torch_csd::mxfp4_linear")
+def _(x, values, scales, bias, simd):
+    return x.new_empty((x.shape[0], values.shape[0]))
+
+
 @torch.library.register_fake("torch_csd::widen_fp8")
 def _(values, format, scales, block, begin, dtype, simd):
     return values.new_empty(values.shape, dtype=dtype)
@@ -1086,3 +1110,4 @@ def _no_linear_backward(ctx, *gradients):
 for _name in ("attend", "attend_sparse", "scores", "weighted_sum"):
     torch.library.register_autograd(f"torch_csd::{_name}", _no_backward)
 torch.library.register_autograd("torch_csd::quantised_linear", _no_linear_backward)
+torch.library.register_autograd("torch_csd::mxfp4_linear", _no_linear_backward)

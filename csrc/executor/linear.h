@@ -57,6 +57,19 @@ struct Mxfp4Rows {
 // target: [row_count][kMxBlock * block_count].
 void widen_mxfp4(const LinearContext& context, const Mxfp4Rows& rows, DType target_dtype, void* target);
 
+struct Mxfp4Linear {
+  Mxfp4Rows rows;
+  DType dtype;    // of x, bias and out
+  const void* x;  // [x_count][kMxBlock * block_count], x_stride elements apart
+  int64_t x_count;
+  int64_t x_stride;
+  const void* bias;  // [row_count], or null
+  void* out;         // [x_count][row_count]
+};
+
+// out = x @ weight^T + bias, in fp32 until out is rounded to dtype.
+void mxfp4_linear(const LinearContext& context, const Mxfp4Linear& linear);
+
 struct Fp8Rows {
   Fp8 format;
   const uint8_t* values;  // [row_count][column_count], values_stride bytes apart

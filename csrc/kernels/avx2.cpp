@@ -1477,6 +1477,58 @@ void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float
   }
 }
 
+// kX rows of x by one row of the weight, as in weight_dots_row.
+template <int kX>
+void mxfp4_dots_row(const float* x, const uint8_t* values, const uint8_t* scales, int64_t block_count,
+                    float* out, int64_t out_stride) {
+  constexpr int kChains = kX == 1 ? 4 : 2;
+  const int64_t x_stride = block_count * kMxBlock;
+  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 sum[kX][kChains];
+  CSD_UNROLL
+  for (int m = 0; m < kX; ++m) {
+    CSD_UNROLL
+    for (int c = 0; c < kChains; ++c) sum[m][c] = _mm256_setzero_ps();
+  }
+  for (int64_t g = 0; g < block_count; ++g) {
+    const __m256 table = _mm256_mul_ps(magnitudes, _mm256_set1_ps(e8m0(scales[g])));
+    CSD_UNROLL
+    for (int j = 0; j < 4; ++j) {  // even elements 0..7 and 8..15, then odd ones
+      const __m256i pairs = load_u8x8(values + g * (kMxBlock / 2) + 8 * (j % 2));
+      const __m256i code = j < 2 ? pairs : _mm256_srli_epi32(pairs, 4);
+      const __m256 negative = _mm256_and_ps(sign, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+      const __m256 weights = _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code), negative);
+      CSD_UNROLL
+      for (int m = 0; m < kX; ++m) {
+        const __m256 x_part = _mm256_load_ps(x + m * x_stride + g * kMxBlock + 8 * j);
+        sum[m][j % kChains] = _mm256_fmadd_ps(x_part, weights, sum[m][j % kChains]);
+      }
+    }
+  }
+  CSD_UNROLL
+  for (int m = 0; m < kX; ++m) {
+    __m256 total = sum[m][0];
+    CSD_UNROLL
+    for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, sum[m][c]);
+    out[m * out_stride] = reduce_add(total);
+  }
+}
+
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride) {
+  using Row = void (*)(const float*, const uint8_t*, const uint8_t*, int64_t, float*, int64_t);
+  static constexpr Row kRow[] = {mxfp4_dots_row<1>, mxfp4_dots_row<2>, mxfp4_dots_row<3>, mxfp4_dots_row<4>};
+  for (int64_t n = 0; n < row_count; ++n) {
+    for (int64_t m = 0; m < x_count; m += 4) {
+      const int64_t count = x_count - m < 4 ? x_count - m : 4;
+      kRow[count - 1](x + m * block_count * kMxBlock, values + n * values_stride, scales + n * scales_stride,
+                      block_count, out + m * out_stride + n, out_stride);
+    }
+  }
+}
+
 }  // namespace
 
 CSD_TARGET_END
@@ -1504,6 +1556,7 @@ const Kernels kAvx2Kernels = {
     weight_dots,
     widen_mxfp4_row,
     widen_fp8_row,
+    mxfp4_dots,
 };
 
 }  // namespace csd

@@ -1484,6 +1484,105 @@ void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float
   }
 }
 
+// kX rows of x by kRows rows of the weight, as in weight_dots_block.
+template <int kX, int kRows>
+void mxfp4_dots_block(const float* x, const uint8_t* values, int64_t values_stride, const uint8_t* scales,
+                      int64_t scales_stride, int64_t block_count, float* out, int64_t out_stride) {
+  constexpr int kChains = kX * kRows >= 8 ? 1 : 2;
+  constexpr int64_t kBlockBytes = kMxBlock / 2;
+  const int64_t x_stride = block_count * kMxBlock;
+  const __m512 elements = mxfp4_values(127);
+  __m512 sum[kRows][kX][kChains];
+  CSD_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CSD_UNROLL
+    for (int m = 0; m < kX; ++m) {
+      CSD_UNROLL
+      for (int c = 0; c < kChains; ++c) sum[r][m][c] = _mm512_setzero_ps();
+    }
+  }
+  // What is fetched ahead goes up in memory without a gap, unlike what is read.
+  const auto* ahead = reinterpret_cast<const char*>(values) + kRows * values_stride + kWeightPrefetchBytes;
+  const auto* scales_ahead = reinterpret_cast<const char*>(scales) + kRows * scales_stride;
+  for (int64_t begin = 0; begin < block_count; begin += 16) {
+    const int64_t end = begin + 16 < block_count ? begin + 16 : block_count;
+    alignas(64) float factors[kRows][16];
+    CSD_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const __m128i codes =
+          _mm_maskz_loadu_epi8(first_half(mask_of(end - begin)), scales + r * scales_stride + begin);
+      const __m512i code = _mm512_cvtepu8_epi32(codes);
+      __m512i bits = _mm512_slli_epi32(code, 23);
+      bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(code, code), _mm512_set1_epi32(0x00400000));
+      bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255)),
+                                   _mm512_set1_epi32(0x7fc00000));
+      _mm512_store_ps(factors[r], _mm512_castsi512_ps(bits));
+    }
+    prefetch(scales_ahead + kRows * begin, kRows * 16);
+    for (int64_t g = begin; g < end; ++g) {
+      prefetch(ahead + g * kRows * kBlockBytes, kRows * kBlockBytes);
+      __m512 weights[kRows][2];
+      CSD_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 table = _mm512_mul_ps(elements, _mm512_set1_ps(factors[r][g - begin]));
+        const __m512i pairs = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + r * values_stride + g * kBlockBytes)));
+        weights[r][0] = _mm512_permutexvar_ps(pairs, table);
+        weights[r][1] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
+      }
+      CSD_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        CSD_UNROLL
+        for (int m = 0; m < kX; ++m) {
+          const __m512 x_part = _mm512_load_ps(x + m * x_stride + g * kMxBlock + 16 * j);
+          CSD_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            __m512& chain = sum[r][m][j % kChains];
+            chain = _mm512_fmadd_ps(x_part, weights[r][j], chain);
+          }
+        }
+      }
+    }
+  }
+  CSD_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CSD_UNROLL
+    for (int m = 0; m < kX; ++m) {
+      __m512 total = sum[r][m][0];
+      CSD_UNROLL
+      for (int c = 1; c < kChains; ++c) total = _mm512_add_ps(total, sum[r][m][c]);
+      out[m * out_stride + r] = _mm512_reduce_add_ps(total);
+    }
+  }
+}
+
+template <int kX>
+void mxfp4_dots_rows(const float* x, const uint8_t* values, int64_t values_stride, const uint8_t* scales,
+                     int64_t scales_stride, int64_t row_count, int64_t block_count, float* out,
+                     int64_t out_stride) {
+  int64_t n = 0;
+  for (; n + kWeightRows <= row_count; n += kWeightRows) {
+    mxfp4_dots_block<kX, kWeightRows>(x, values + n * values_stride, values_stride,
+                                      scales + n * scales_stride, scales_stride, block_count, out + n,
+                                      out_stride);
+  }
+  for (; n < row_count; ++n) {
+    mxfp4_dots_block<kX, 1>(x, values + n * values_stride, values_stride, scales + n * scales_stride,
+                            scales_stride, block_count, out + n, out_stride);
+  }
+}
+
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride) {
+  using Rows = void (*)(const float*, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t,
+                        float*, int64_t);
+  static constexpr Rows kRows[kWeightDotsMax] = {mxfp4_dots_rows<1>, mxfp4_dots_rows<2>, mxfp4_dots_rows<3>,
+                                                 mxfp4_dots_rows<4>, mxfp4_dots_rows<5>, mxfp4_dots_rows<6>};
+  kRows[x_count - 1](x, values, values_stride, scales, scales_stride, row_count, block_count, out,
+                     out_stride);
+}
+
 }  // namespace
 
 CSD_TARGET_END
@@ -1511,6 +1610,7 @@ const Kernels kAvx512Kernels = {
     weight_dots,
     widen_mxfp4_row,
     widen_fp8_row,
+    mxfp4_dots,
 };
 
 const Kernels kAvx512VnniKernels = {
@@ -1536,6 +1636,7 @@ const Kernels kAvx512VnniKernels = {
     weight_dots,
     widen_mxfp4_row,
     widen_fp8_row,
+    mxfp4_dots,
 };
 
 }  // namespace csd

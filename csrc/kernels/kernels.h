@@ -134,6 +134,12 @@ struct Kernels {
   // block elements, the last of what is left.
   void (*widen_fp8_row)(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
                         int64_t begin, DType target_dtype, void* target);
+
+  // As weight_dots, of rows of MXFP4 whose values and scales are values_stride and scales_stride bytes apart,
+  // x: [x_count][block_count * kMxBlock] fp32, 64-byte aligned, of each block the even elements first.
+  void (*mxfp4_dots)(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                     const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                     float* out, int64_t out_stride);
 };
 
 extern const Kernels kSerialKernels;

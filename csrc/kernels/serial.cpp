@@ -286,6 +286,7 @@ const Kernels kSerialKernels = {
     plain::weight_dots,
     plain::widen_mxfp4_row,
     plain::widen_fp8_row,
+    plain::mxfp4_dots,
 };
 
 }  // namespace csd

@@ -155,5 +155,27 @@ void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float
   }
 }
 
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride) {
+  const int64_t x_stride = block_count * kMxBlock;
+  for (int64_t n = 0; n < row_count; ++n) {
+    float sum[kWeightDotsMax] = {};
+    for (int64_t g = 0; g < block_count; ++g) {
+      float block[kMxBlock];
+      widen_mxfp4_row(values + n * values_stride + g * (kMxBlock / 2), scales + n * scales_stride + g, 1,
+                      DType::kFloat32, block);
+      for (int64_t m = 0; m < x_count; ++m) {
+        const float* x_block = x + m * x_stride + g * kMxBlock;
+        float block_sum = 0.0f;
+        for (int64_t i = 0; i < kMxBlock; ++i)
+          block_sum += x_block[i / 2 + kMxBlock / 2 * (i % 2)] * block[i];
+        sum[m] += block_sum;
+      }
+    }
+    for (int64_t m = 0; m < x_count; ++m) out[m * out_stride + n] = sum[m];
+  }
+}
+
 }  // namespace plain
 }  // namespace csd

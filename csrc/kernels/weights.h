@@ -80,6 +80,9 @@ void widen_mxfp4_row(const uint8_t* values, const uint8_t* scales, int64_t block
                      void* target);
 void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
                    int64_t begin, DType target_dtype, void* target);
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride);
 
 }  // namespace plain
 }  // namespace csd

@@ -279,6 +279,7 @@ def test_mxfp4_experts_are_computed_with_as_they_are_stored(tmp_path, weight_dty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mxfp4_elements_are_those_of_the_specification(tmp_path, monkeypatch, dtype):
+    from torch_csd import ops
     from torch_csd.weights import functions
     from torch_csd.weights.layout import Packed
 
@@ -302,4 +303,10 @@ def test_mxfp4_elements_are_those_of_the_specification(tmp_path, monkeypatch, dt
         monkeypatch.setattr(functions, name, size)
     x = torch.eye(128, dtype=dtype)  # each product has one term that is not zero
     assert torch.equal(torch.nn.functional.linear(x, stored[1]), expected[1].t())
+    monkeypatch.setattr(functions, "_MXFP4_ELEMENTS_MIN", 0)
+    few, bias = x[None, 3:15], torch.tensor([1.0, -2.0], dtype=dtype)
+    with monkeypatch.context() as patches:
+        patches.setattr(ops, "widen_mxfp4", None)  # it is not called
+        out = torch.nn.functional.linear(few, stored[1, 1:3], bias)
+    assert torch.equal(out, (expected[1, 1:3].t()[3:15].float() + bias.float()).to(dtype)[None])
     assert torch.equal(stored[0].to_dense().signbit(), expected[0].signbit())
