@@ -926,12 +926,19 @@ Mxfp4Rows mxfp4_rows(const Tensor& values, const Tensor& scales) {
           scales.size(1)};
 }
 
-Tensor widen_mxfp4(const Tensor& values, const Tensor& scales, ScalarType dtype, std::string simd) {
+// out: [rows, columns], adjacent.
+DType check_widened(const Tensor& out, int64_t row_count, int64_t column_count) {
+  if (out.dim() != 2 || out.size(0) != row_count || out.size(1) != column_count || !out.is_contiguous() ||
+      !out.is_cpu()) {
+    fail("out must be a contiguous CPU tensor [" + text(row_count) + ", " + text(column_count) + "]");
+  }
+  return to_dtype(out.scalar_type(), "dtype");
+}
+
+void widen_mxfp4(const Tensor& values, const Tensor& scales, const Tensor& out, std::string simd) {
   const Mxfp4Rows rows = mxfp4_rows(values, scales);
-  const DType target_dtype = to_dtype(dtype, "dtype");
-  Tensor weight = new_tensor({values.size(0), 2 * values.size(1)}, dtype);
-  csd::widen_mxfp4(linear_context(simd), rows, target_dtype, weight.mutable_data_ptr());
-  return weight;
+  const DType target_dtype = check_widened(out, values.size(0), 2 * values.size(1));
+  csd::widen_mxfp4(linear_context(simd), rows, target_dtype, out.mutable_data_ptr());
 }
 
 // x: [rows of x, in_features]; ops.py brings it there.
@@ -965,11 +972,11 @@ Fp8 to_fp8(const std::string& format) {
 constexpr int64_t kFp8BlockMax = int64_t{1} << 40;  // no sum of sides overflows
 
 // values: as uint8, which every torch's ABI has.
-Tensor widen_fp8(const Tensor& values, std::string format, const Tensor& scales, std::vector<int64_t> block,
-                 std::vector<int64_t> begin, ScalarType dtype, std::string simd) {
+void widen_fp8(const Tensor& values, std::string format, const Tensor& scales, std::vector<int64_t> block,
+               std::vector<int64_t> begin, const Tensor& out, std::string simd) {
   check_matrix(values, ScalarType::Byte, "values", "uint8");
   check_matrix(scales, ScalarType::Float, "scales", "float32");
-  const DType target_dtype = to_dtype(dtype, "dtype");
+  const DType target_dtype = check_widened(out, values.size(0), values.size(1));
   if (block.size() != 2 || begin.size() != 2) fail("block and begin must be of two numbers each");
   for (int side = 0; side < 2; ++side) {
     if (block[side] < 1 || block[side] > kFp8BlockMax || begin[side] < 0 || begin[side] >= block[side]) {
@@ -984,15 +991,13 @@ Tensor widen_fp8(const Tensor& values, std::string format, const Tensor& scales,
            text(blocks));
     }
   }
-  Tensor weight = new_tensor({values.size(0), values.size(1)}, dtype);
   const Fp8Rows rows{to_fp8(format),   static_cast<const uint8_t*>(values.const_data_ptr()),
                      values.stride(0), values.size(0),
                      values.size(1),   static_cast<const float*>(scales.const_data_ptr()),
                      scales.stride(0), block[0],
                      block[1],         begin[0],
                      begin[1]};
-  csd::widen_fp8(linear_context(simd), rows, target_dtype, weight.mutable_data_ptr());
-  return weight;
+  csd::widen_fp8(linear_context(simd), rows, target_dtype, out.mutable_data_ptr());
 }
 
 // ---- the drive's I/O, for memory of others ----
@@ -1305,11 +1310,11 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("dequantise_rows(Tensor rows, int bits, SymInt in_features, ScalarType dtype, str simd) -> Tensor");
   m.def("quantised_linear(Tensor x, Tensor rows, int bits, Tensor? bias, str simd) -> Tensor");
   m.def("mxfp4_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias, str simd) -> Tensor");
-  m.def("widen_mxfp4(Tensor values, Tensor scales, ScalarType dtype, str simd) -> Tensor");
+  m.def("widen_mxfp4(Tensor values, Tensor scales, Tensor(a!) out, str simd) -> ()");
   m.def(
-      "widen_fp8(Tensor values, str format, Tensor scales, SymInt[] block, SymInt[] begin, ScalarType dtype, "
+      "widen_fp8(Tensor values, str format, Tensor scales, SymInt[] block, SymInt[] begin, Tensor(a!) out, "
       "str "
-      "simd) -> Tensor");
+      "simd) -> ()");
   m.def("io_open(Tensor(a!) queue, Tensor drive, int depth) -> ()");
   m.def(
       "io_submit(Tensor(a!) queue, bool write, int file_offset, Tensor(b!) memory, int offset, int "

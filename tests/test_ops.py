@@ -70,7 +70,7 @@ def op_calls(store, directory):
         ),
         "widen_mxfp4": (
             *(torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.full((5, 2), 120, dtype=torch.uint8)),
-            *(torch.bfloat16, "auto"),
+            *(torch.empty(5, 64, dtype=torch.bfloat16), "auto"),
         ),
         "mxfp4_linear": (
             *(torch.randn(3, 64), torch.randint(0, 256, (5, 32), dtype=torch.uint8)),
@@ -78,7 +78,7 @@ def op_calls(store, directory):
         ),
         "widen_fp8": (
             *(torch.randint(0, 127, (5, 100), dtype=torch.uint8), "e4m3fn", torch.rand(2, 3), [4, 48], [1, 40]),
-            *(torch.bfloat16, "auto"),
+            *(torch.empty(5, 100, dtype=torch.bfloat16), "auto"),
         ),
         "io_open": (torch.tensor([int(drive[0]), 10**6, -1]), drive, 2),
         "io_reap": (ops.io_open(drive, depth=1), True),

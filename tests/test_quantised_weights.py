@@ -455,6 +455,10 @@ def test_what_cannot_be_widened_is_said():
         ops.mxfp4_linear(torch.randn(2, 64), values, scales, bias=torch.zeros(5))
     with pytest.raises(NotImplementedError, match="not differentiable"):
         ops.mxfp4_linear(torch.randn(2, 64, requires_grad=True), values, scales).sum().backward()
+    with pytest.raises(ValueError, match=r"out must be a contiguous CPU tensor \[6, 64\]"):
+        ops.widen_mxfp4(values, scales, dtype=torch.float32, out=torch.empty(6, 63))
+    with pytest.raises(ValueError, match="out must be of torch.float32, got torch.float16"):
+        ops.widen_mxfp4(values, scales, dtype=torch.float32, out=torch.empty(6, 64, dtype=torch.float16))
     fp8, grid = values.view(torch.float8_e4m3fn), torch.rand(2, 2)
     with pytest.raises(ValueError, match="values must be float8_e4m3fn, float8_e5m2 or float8_e4m3fnuz"):
         ops.widen_fp8(values, grid, block=(3, 16), dtype=torch.float32)

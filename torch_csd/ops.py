@@ -653,18 +653,32 @@ _FP8_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2", torch.
 FP8_DTYPES = frozenset(_FP8_FORMATS)  # that widen_fp8 knows
 
 
-def widen_mxfp4(values: Tensor, scales: Tensor, *, dtype: torch.dtype, simd: str | None = None) -> Tensor:
+def widen_mxfp4(
+    values: Tensor, scales: Tensor, *, dtype: torch.dtype, out: Tensor | None = None, simd: str | None = None
+) -> Tensor:
     """MXFP4 (OCP Microscaling formats 1.0) as ``dtype``: ``[rows, in]``. A block with scale 255 is NaN.
 
     Args:
         values: uint8 ``[rows, in / 2]``, the first of two elements in the low bits; rows at any address and stride.
         scales: uint8 ``[rows, in / 32]``, exponents of 2 plus 127; likewise.
         dtype: float32, bfloat16 or float16.
+        out: contiguous memory for the result, of this shape and dtype.
 
     Raises:
         ValueError: a shape, a stride or a dtype does not fit.
     """
-    return _call(_ops.widen_mxfp4.default, values, scales, dtype, simd_name(simd))
+    shape = (values.shape[0], 2 * values.shape[-1]) if values.dim() else ()
+    out = _target(shape, dtype, out)
+    _call(_ops.widen_mxfp4.default, values, scales, out, simd_name(simd))
+    return out
+
+
+def _target(shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    if out.dtype != dtype:
+        raise ValueError(f"out must be of {dtype}, got {out.dtype}")
+    return out
 
 
 def mxfp4_linear(
@@ -690,6 +704,7 @@ def widen_fp8(
     block: tuple[int, int],
     begin: tuple[int, int] = (0, 0),
     dtype: torch.dtype,
+    out: Tensor | None = None,
     simd: str | None = None,
 ) -> Tensor:
     """``value * scale`` in float32, rounded to ``dtype``: ``[rows, in]``.
@@ -700,14 +715,17 @@ def widen_fp8(
         block: elements that share a scale, down and across.
         begin: where in its block the first element is.
         dtype: float32, bfloat16 or float16.
+        out: contiguous memory for the result, of this shape and dtype.
 
     Raises:
         ValueError: a shape, a stride or a dtype does not fit.
     """
     if values.dtype not in FP8_DTYPES:
         raise ValueError(f"values must be float8_e4m3fn, float8_e5m2 or float8_e4m3fnuz, got {values.dtype}")
-    arguments = (values.view(torch.uint8), _FP8_FORMATS[values.dtype], scales, block, begin, dtype, simd_name(simd))
-    return _call(_ops.widen_fp8.default, *arguments)
+    out = _target(values.shape, dtype, out)
+    arguments = (values.view(torch.uint8), _FP8_FORMATS[values.dtype], scales, block, begin, out, simd_name(simd))
+    _call(_ops.widen_fp8.default, *arguments)
+    return out
 
 
 # ---- the drive's I/O, for memory of others ------------------------------------------------------------------------
@@ -1021,8 +1039,8 @@ def _(rows, bits, in_features, dtype, simd):
 
 
 @torch.library.register_fake("torch_csd::widen_mxfp4")
-def _(values, scales, dtype, simd):
-    return values.new_empty((values.shape[0], 2 * values.shape[1]), dtype=dtype)
+def _(values, scales, out, simd):
+    return None
 
 
 @torch.library.register_fake("torch_csd::mxfp4_linear")
@@ -1031,8 +1049,8 @@ def _(x, values, scales, bias, simd):
 
 
 @torch.library.register_fake("torch_csd::widen_fp8")
-def _(values, format, scales, block, begin, dtype, simd):
-    return values.new_empty(values.shape, dtype=dtype)
+def _(values, format, scales, block, begin, out, simd):
+    return None
 
 
 @torch.library.register_fake("torch_csd::quantised_linear")

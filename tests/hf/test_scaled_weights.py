@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,24 @@ def test_large_weights_are_widened_in_blocks_of_rows(scaled, monkeypatch, rows):
         assert torch.equal(
             torch.nn.functional.linear(x[None, :, None], weight, part), (dense.t() + part)[None, :, None]
         )
+
+
+def test_memory_to_widen_into_outlives_inference_mode_and_is_each_threads_own(scaled):
+    stored, expected = scaled
+    x = torch.eye(50)
+
+    def products(contexts) -> list[Tensor]:
+        outs = []
+        for context in contexts:
+            with context():
+                outs += [torch.nn.functional.linear(x, stored[0]), torch.nn.functional.linear(x, stored[2, 7:])]
+        return outs
+
+    with ThreadPoolExecutor(2) as threads:  # new ones, without memory yet
+        results = threads.map(products, [[torch.inference_mode, torch.no_grad]] * 20)
+        for outs in results:
+            for out, weight in zip(outs, [expected[0], expected[2, 7:]] * 2, strict=True):
+                assert torch.equal(out, weight.t())
 
 
 def test_steps_and_elements_are_refused(scaled):

@@ -18,6 +18,7 @@ from torch_csd import ops
 from torch_csd.weights.layout import Codes, Join, Layout, Packed, Scaled, as_read, aten, byte_count
 from torch_csd.weights.quantised import dense, quantised_linear
 from torch_csd.weights.tensor import FileTensor
+from torch_csd.weights.widening import scratch
 
 # Norms, biases and the like: they meet every kind of op, and are a thousandth of a model.
 SMALL_BYTES = 2**20
@@ -166,16 +167,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _sum_over_pieces(input, weight, pieces, bias)
 
 
-# Of a widened weight. glibc takes 32 MiB and more from the kernel and gives it back each time, and so many page faults
-# take longer than the product. Milliseconds of two threads for fp8 [2048, 7168] and MXFP4 [5760, 2880] with so many
-# rows of x, widened as a whole and in blocks (AMD EPYC, Zen 5 with AVX-512, 2 cores, busy, 2026-11-26, torch 2.13; 4
-# and 16 MiB are within a third of 8, 1 and 2 MiB up to twice as slow in bfloat16):
+# Of a widened weight: it is still in the cache when the GEMM reads it, and in the same memory each time. Milliseconds
+# of two threads for so many rows of x: as a whole in fresh memory, in blocks of 8 MiB in fresh memory, and as here (AMD
+# EPYC, Zen 5 with AVX-512, 2 cores, busy, 2026-11-26, torch 2.13). Most of the difference are page faults. 4 and 16 MiB
+# are within a third of 8; 1 and 2 MiB take up to twice as long in bfloat16.
 #
-#   rows of x                   1             16             64
-#   fp8    float32  56 MiB   28   1.6      70    19       78    48
-#   MXFP4  float32  63 MiB   23   2.4      33    16       46    22
-#   fp8    bfloat16 28 MiB  2.4   2.7     2.8   3.0      4.2   4.9
-#   MXFP4  bfloat16 32 MiB  1.9   2.0     2.7   2.4      6.7   6.5
+#   rows of x                           1                  16                  64
+#   fp8 [2048, 7168]    float32    28   29   1.7      70   41   8.1      78   53    22
+#   fp8 [7168, 2048]    bfloat16  8.0  3.0   2.7     7.3   15   3.5     9.7   14   6.4
+#   MXFP4 [5760, 2880]  float32    23   17   1.7      33   14    11      46   38    36
 #
 # Of these shapes, and of their transposes, torch's bfloat16 products of blocks are those of the whole, to the bit; of
 # float32 some are added up in another order, so what is not large stays whole.
@@ -209,26 +209,26 @@ def _is_for_mxfp4(input: Tensor, weight: FileTensor, piece: Packed) -> bool:
 
 def _linear_of_piece(input: Tensor, weight: FileTensor, piece: Layout, bias: Tensor | None) -> Tensor:
     """The same for what fits into staging."""
-    row_bytes = piece.shape[-1] * piece.dtype.itemsize
     by_rows = isinstance(piece, Scaled) or (isinstance(piece, Packed) and not piece.transposed)
-    by_rows = by_rows and len(piece.shape) == 2
-    large = row_bytes * piece.shape[0] > _WHOLE_BYTES_MAX
-    direct = by_rows and isinstance(piece, Packed) and _is_for_mxfp4(input, weight, piece)
-    if not by_rows or not (large or direct):
+    if not by_rows or len(piece.shape) != 2:
         with weight._stream.use(piece, routed=weight._routed) as dense:
             return functional.linear(input, weight.converted(dense), bias)
     with weight._stream.use_leaves(piece, routed=weight._routed) as leaves:
         values, scales = piece.stored(leaves)
-        if direct:
+        if isinstance(piece, Packed) and _is_for_mxfp4(input, weight, piece):
             return ops.mxfp4_linear(input, values, scales, bias=bias)
-        # Columns of what is stored are no rows.
-        step = max(1, _BLOCK_BYTES // row_bytes) if values.stride(1) == 1 else piece.shape[0]
+        row_bytes = piece.shape[1] * piece.dtype.itemsize
+        if values.stride(1) != 1:  # columns of what is stored are no rows
+            return functional.linear(input, weight.converted(piece.rows(values, scales, 0, piece.shape[0], None)), bias)
+        whole = row_bytes * piece.shape[0] <= _WHOLE_BYTES_MAX
+        step = max(1, piece.shape[0] if whole else _BLOCK_BYTES // row_bytes)
         outs = []
-        for begin in range(0, piece.shape[0], step):
+        for begin in range(0, max(piece.shape[0], 1), step):
             end = min(begin + step, piece.shape[0])
-            block = weight.converted(piece.rows(values, scales, begin, end))
+            memory = scratch((end - begin, piece.shape[1]), piece.dtype)
+            block = weight.converted(piece.rows(values, scales, begin, end, memory))
             outs.append(functional.linear(input, block, None if bias is None else bias[begin:end]))
-        return torch.cat(outs, dim=-1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
 def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> Tensor:

@@ -269,12 +269,12 @@ class Scaled:
     def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
         return widen_fp8(*self.stored(leaves), block=self.block, begin=self.begin, dtype=self.dtype)
 
-    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int) -> Tensor:
-        """Output features [begin, end) of what is [out, in], from all values and scales."""
+    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int, out: Tensor | None) -> Tensor:
+        """Output features [begin, end) of what is [out, in], from all values and scales; perhaps in ``out``."""
         side, first = self.block[0], self.begin[0] + begin
         scales = scales[first // side : -(-(self.begin[0] + end) // side)]
         return widen_fp8(
-            values[begin:end], scales, block=self.block, begin=(first % side, self.begin[1]), dtype=self.dtype
+            values[begin:end], scales, block=self.block, begin=(first % side, self.begin[1]), dtype=self.dtype, out=out
         )
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
@@ -315,9 +315,9 @@ class Packed:
         weight = widen_mxfp4(*self.stored(leaves), dtype=self.dtype)
         return weight.mT if self.transposed else weight
 
-    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int) -> Tensor:
-        """Output features [begin, end) of what is [out, in] and not transposed, from all values and scales."""
-        return widen_mxfp4(values[begin:end], scales[begin:end], dtype=self.dtype)
+    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int, out: Tensor | None) -> Tensor:
+        """The same, of what is not transposed."""
+        return widen_mxfp4(values[begin:end], scales[begin:end], dtype=self.dtype, out=out)
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
         handler = _ROWS_VIEWS.get(func)
