@@ -867,6 +867,16 @@ Tensor dequantise_rows(const Tensor& rows, int64_t bits, int64_t in_features, Sc
   return weight;
 }
 
+const void* bias_of(const std::optional<Tensor>& bias, int64_t row_count, const Tensor& x) {
+  if (!bias.has_value()) return nullptr;
+  if (bias->dim() != 1 || bias->numel() != row_count || bias->scalar_type() != x.scalar_type() ||
+      !bias->is_contiguous() || !bias->is_cpu()) {
+    fail("bias must be a contiguous CPU tensor of " + text(row_count) +
+         " elements (one per row) in x's dtype, got " + text(bias->numel()));
+  }
+  return bias->const_data_ptr();
+}
+
 // x: [rows of x, in_features]; ops.py brings it there.
 Tensor quantised_linear(const Tensor& x_any, const Tensor& rows, int64_t bits, std::optional<Tensor> bias,
                         std::string simd) {
@@ -884,19 +894,110 @@ Tensor quantised_linear(const Tensor& x_any, const Tensor& rows, int64_t bits, s
   linear.x = x.const_data_ptr();
   linear.x_count = x.size(0);
   linear.x_stride = x.stride(0);
-  linear.bias = nullptr;
-  if (bias.has_value()) {
-    if (bias->dim() != 1 || bias->numel() != linear.row_count || bias->scalar_type() != x.scalar_type() ||
-        !bias->is_contiguous() || !bias->is_cpu()) {
-      fail("bias must be a contiguous CPU tensor of " + text(linear.row_count) +
-           " elements (one per row) in x's dtype, got " + text(bias->numel()));
-    }
-    linear.bias = bias->const_data_ptr();
-  }
+  linear.bias = bias_of(bias, linear.row_count, x);
   Tensor out = new_tensor({linear.x_count, linear.row_count}, x.scalar_type());
   linear.out = out.mutable_data_ptr();
   if (out.numel() > 0) csd::quantised_linear(linear_context(simd), linear);
   return out;
+}
+
+// ---- weights as checkpoints store them (kernels/weights.h) ----
+
+// [rows, columns], adjacent within a row.
+void check_matrix(const Tensor& matrix, ScalarType type, const char* what, const char* kind) {
+  if (matrix.dim() != 2 || matrix.scalar_type() != type || !matrix.is_cpu() ||
+      (matrix.size(1) > 1 && matrix.stride(1) != 1)) {
+    fail(std::string(what) + " must be a " + kind + " CPU tensor of rows whose elements are adjacent");
+  }
+}
+
+Mxfp4Rows mxfp4_rows(const Tensor& values, const Tensor& scales) {
+  check_matrix(values, ScalarType::Byte, "values", "uint8");
+  check_matrix(scales, ScalarType::Byte, "scales", "uint8");
+  if (scales.size(0) != values.size(0) || scales.size(1) * (kMxBlock / 2) != values.size(1)) {
+    fail("scales must be one for each 16 bytes of values, got [" + text(scales.size(0)) + ", " +
+         text(scales.size(1)) + "] for [" + text(values.size(0)) + ", " + text(values.size(1)) + "]");
+  }
+  return {static_cast<const uint8_t*>(values.const_data_ptr()),
+          values.stride(0),
+          static_cast<const uint8_t*>(scales.const_data_ptr()),
+          scales.stride(0),
+          values.size(0),
+          scales.size(1)};
+}
+
+// out: [rows, columns], adjacent.
+DType check_widened(const Tensor& out, int64_t row_count, int64_t column_count) {
+  if (out.dim() != 2 || out.size(0) != row_count || out.size(1) != column_count || !out.is_contiguous() ||
+      !out.is_cpu()) {
+    fail("out must be a contiguous CPU tensor [" + text(row_count) + ", " + text(column_count) + "]");
+  }
+  return to_dtype(out.scalar_type(), "dtype");
+}
+
+void widen_mxfp4(const Tensor& values, const Tensor& scales, const Tensor& out, std::string simd) {
+  const Mxfp4Rows rows = mxfp4_rows(values, scales);
+  const DType target_dtype = check_widened(out, values.size(0), 2 * values.size(1));
+  csd::widen_mxfp4(linear_context(simd), rows, target_dtype, out.mutable_data_ptr());
+}
+
+// x: [rows of x, in_features]; ops.py brings it there.
+Tensor mxfp4_linear(const Tensor& x_any, const Tensor& values, const Tensor& scales,
+                    std::optional<Tensor> bias, std::string simd) {
+  Mxfp4Linear linear;
+  linear.rows = mxfp4_rows(values, scales);
+  if (x_any.dim() != 2 || !x_any.is_cpu() || x_any.size(1) != 2 * values.size(1)) {
+    fail("x must be a CPU tensor of 2 dimensions here (ops.py folds others) with " +
+         text(2 * values.size(1)) + " features, two for each byte of a row of values");
+  }
+  const Tensor x = dense_last(x_any);
+  linear.dtype = to_dtype(x.scalar_type(), "x");
+  linear.x = x.const_data_ptr();
+  linear.x_count = x.size(0);
+  linear.x_stride = x.stride(0);
+  linear.bias = bias_of(bias, linear.rows.row_count, x);
+  Tensor out = new_tensor({linear.x_count, linear.rows.row_count}, x.scalar_type());
+  linear.out = out.mutable_data_ptr();
+  if (out.numel() > 0) csd::mxfp4_linear(linear_context(simd), linear);
+  return out;
+}
+
+Fp8 to_fp8(const std::string& format) {
+  if (format == "e4m3fn") return Fp8::kE4M3Fn;
+  if (format == "e5m2") return Fp8::kE5M2;
+  if (format == "e4m3fnuz") return Fp8::kE4M3Fnuz;
+  fail("format must be e4m3fn, e5m2 or e4m3fnuz, got " + format);
+}
+
+constexpr int64_t kFp8BlockMax = int64_t{1} << 40;  // no sum of sides overflows
+
+// values: as uint8, which every torch's ABI has.
+void widen_fp8(const Tensor& values, std::string format, const Tensor& scales, std::vector<int64_t> block,
+               std::vector<int64_t> begin, const Tensor& out, std::string simd) {
+  check_matrix(values, ScalarType::Byte, "values", "uint8");
+  check_matrix(scales, ScalarType::Float, "scales", "float32");
+  const DType target_dtype = check_widened(out, values.size(0), values.size(1));
+  if (block.size() != 2 || begin.size() != 2) fail("block and begin must be of two numbers each");
+  for (int side = 0; side < 2; ++side) {
+    if (block[side] < 1 || block[side] > kFp8BlockMax || begin[side] < 0 || begin[side] >= block[side]) {
+      fail("begin must lie inside of a block of 1 to " + text(kFp8BlockMax) + ", got " + text(begin[side]) +
+           " of " + text(block[side]));
+    }
+    const int64_t blocks = scales.size(side);
+    const int64_t wanted =
+        values.size(side) == 0 ? 0 : (values.size(side) - 1 + begin[side]) / block[side] + 1;
+    if (blocks < wanted) {
+      fail("scales must cover the values: along dim " + text(side) + " wanted " + text(wanted) + ", got " +
+           text(blocks));
+    }
+  }
+  const Fp8Rows rows{to_fp8(format),   static_cast<const uint8_t*>(values.const_data_ptr()),
+                     values.stride(0), values.size(0),
+                     values.size(1),   static_cast<const float*>(scales.const_data_ptr()),
+                     scales.stride(0), block[0],
+                     block[1],         begin[0],
+                     begin[1]};
+  csd::widen_fp8(linear_context(simd), rows, target_dtype, out.mutable_data_ptr());
 }
 
 // ---- the drive's I/O, for memory of others ----
@@ -1208,6 +1309,12 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("quantise_rows(Tensor weight, int bits, str simd) -> Tensor");
   m.def("dequantise_rows(Tensor rows, int bits, SymInt in_features, ScalarType dtype, str simd) -> Tensor");
   m.def("quantised_linear(Tensor x, Tensor rows, int bits, Tensor? bias, str simd) -> Tensor");
+  m.def("mxfp4_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias, str simd) -> Tensor");
+  m.def("widen_mxfp4(Tensor values, Tensor scales, Tensor(a!) out, str simd) -> ()");
+  m.def(
+      "widen_fp8(Tensor values, str format, Tensor scales, SymInt[] block, SymInt[] begin, Tensor(a!) out, "
+      "str "
+      "simd) -> ()");
   m.def("io_open(Tensor(a!) queue, Tensor drive, int depth) -> ()");
   m.def(
       "io_submit(Tensor(a!) queue, bool write, int file_offset, Tensor(b!) memory, int offset, int "
@@ -1278,6 +1385,9 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("quantise_rows", TORCH_BOX(&csd::ops::quantise_rows));
   m.impl("dequantise_rows", TORCH_BOX(&csd::ops::dequantise_rows));
   m.impl("quantised_linear", TORCH_BOX(&csd::ops::quantised_linear));
+  m.impl("mxfp4_linear", TORCH_BOX(&csd::ops::mxfp4_linear));
+  m.impl("widen_mxfp4", TORCH_BOX(&csd::ops::widen_mxfp4));
+  m.impl("widen_fp8", TORCH_BOX(&csd::ops::widen_fp8));
   m.impl("io_open", TORCH_BOX(&csd::ops::io_open));
   m.impl("io_submit", TORCH_BOX(&csd::ops::io_submit));
   m.impl("io_reap", TORCH_BOX(&csd::ops::io_reap));

@@ -68,6 +68,18 @@ def op_calls(store, directory):
         "quantised_linear": (
             *(torch.randn(3, 100), ops.quantise_rows(torch.randn(5, 100), 4), 4, torch.randn(5), "auto"),
         ),
+        "widen_mxfp4": (
+            *(torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.full((5, 2), 120, dtype=torch.uint8)),
+            *(torch.empty(5, 64, dtype=torch.bfloat16), "auto"),
+        ),
+        "mxfp4_linear": (
+            *(torch.randn(3, 64), torch.randint(0, 256, (5, 32), dtype=torch.uint8)),
+            *(torch.full((5, 2), 120, dtype=torch.uint8), torch.randn(5), "auto"),
+        ),
+        "widen_fp8": (
+            *(torch.randint(0, 127, (5, 100), dtype=torch.uint8), "e4m3fn", torch.rand(2, 3), [4, 48], [1, 40]),
+            *(torch.empty(5, 100, dtype=torch.bfloat16), "auto"),
+        ),
         "io_open": (torch.tensor([int(drive[0]), 10**6, -1]), drive, 2),
         "io_reap": (ops.io_open(drive, depth=1), True),
         "io_close": (torch.tensor([int(drive[0]), 10**6, -1]),),
@@ -88,8 +100,8 @@ def test_every_op_is_listed_here(stored, tmp_path):
     [
         "open", "probe", "supported_simd", "create_layer", "fork_layer", "drop_layer", "layer_info", "append",
         "truncate", "trim", "reorder", "flush", "keep_summary", "attend", "attend_sparse", "prefetch", "scores",
-        "weighted_sum", "read", "weight_row_bytes", "quantise_rows", "dequantise_rows", "quantised_linear", "io_open",
-        "io_reap", "io_close", "file_path", "stats", "close",
+        "weighted_sum", "read", "weight_row_bytes", "quantise_rows", "dequantise_rows", "quantised_linear",
+        "widen_mxfp4", "mxfp4_linear", "widen_fp8", "io_open", "io_reap", "io_close", "file_path", "stats", "close",
     ],
 )  # fmt: skip
 def test_opcheck(stored, tmp_path, name):

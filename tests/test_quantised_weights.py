@@ -1,4 +1,5 @@
-"""Quantised rows of linear layers: their bytes, their values, and the linear on them, on every instruction set."""
+"""Quantised rows of linear layers: their bytes, their values, and the linear on them; and the weights that checkpoints
+bring, MXFP4 and scaled fp8. On every instruction set."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from support import DTYPES
 
 from torch_csd import ops, reference
-from torch_csd.weights import quantised
+from torch_csd.weights import quantised, widening
 
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -282,3 +283,193 @@ def test_it_can_be_compiled_into_one_graph(bits):
     for count in (1, 3):
         x = torch.randn(2, count, 100)
         torch.testing.assert_close(layer(x), ops.quantised_linear(x * 2, rows, bits=bits, bias=bias) + 1)
+
+
+# ---- MXFP4 and fp8, as checkpoints store them ------------------------------------------------------------------------
+
+
+def random_bytes(shape: tuple[int, ...], seed: int, offset: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return at_odd_address(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), offset)
+
+
+def assert_same(weight: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the bit: signs of zeros too. Of a NaN only that it is one."""
+    bits = {4: torch.int32, 2: torch.int16}[weight.dtype.itemsize]
+    assert weight.dtype == expected.dtype and weight.shape == expected.shape
+    nan = weight.isnan()
+    assert torch.equal(nan, expected.isnan())
+    assert torch.equal(weight.view(bits)[~nan], expected.view(bits)[~nan])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_byte_of_mxfp4_with_every_scale(simd, dtype):
+    values = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
+    weight = ops.widen_mxfp4(values, scales, dtype=dtype, simd=simd)
+    assert_same(weight, reference.widen_mxfp4(values, scales).to(dtype))
+    assert weight[255].isnan().all() and not weight[:255].isnan().any()
+    # In float64, from the bits: what no float32 holds is infinite.
+    codes = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2).double()
+    exponent, mantissa = codes % 8 // 2, codes % 2
+    magnitude = torch.where(exponent > 0, (1 + mantissa / 2) * 2 ** (exponent - 1), mantissa / 2)
+    exact = torch.where(codes < 8, magnitude, -magnitude) * 2.0 ** (torch.arange(256).double()[:, None] - 127)
+    assert_same(weight[:255], exact[:255].float().to(dtype))
+
+
+@given(
+    rows=st.integers(0, 70),
+    blocks=st.integers(0, 40),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    offset=st.integers(0, 63),
+    seed=st.integers(0, 99),
+)
+def test_mxfp4_is_widened_as_specified(simd, rows, blocks, dtype, offset, seed):
+    values = random_bytes((rows, 16 * blocks + 5), seed, offset)[:, 5:]  # neither adjacent nor aligned
+    scales = random_bytes((rows, blocks + 1), seed + 1, offset)[:, :blocks]
+    weight = ops.widen_mxfp4(values, scales, dtype=dtype, simd=simd)
+    assert_same(weight, reference.widen_mxfp4(values, scales).to(dtype))
+
+
+@given(
+    x_rows=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 17]),
+    rows=st.integers(0, 70),
+    blocks=st.one_of(st.integers(1, 40), st.just(90)),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    biased=st.booleans(),
+    offset=st.integers(0, 63),
+    seed=st.integers(0, 99),
+)
+def test_the_linear_on_mxfp4_is_that_of_its_values(simd, x_rows, rows, blocks, dtype, biased, offset, seed):
+    values = random_bytes((rows, 16 * blocks + 5), seed, offset)[:, 5:]
+    scales = (random_bytes((rows, blocks + 1), seed + 1, offset) // 8 + 110)[:, :blocks]
+    x = random_weight(x_rows, 32 * blocks, dtype, seed + 1)
+    bias = random_weight(1, rows, dtype, seed + 2)[0] if biased else None
+    out = ops.mxfp4_linear(x, values, scales, bias=bias, simd=simd)
+    weight = reference.widen_mxfp4(values, scales).double()
+    wide = None if bias is None else bias.double()
+    expected = torch.nn.functional.linear(x.double(), weight, wide).to(dtype).double()  # float16 may be infinite
+    magnitude = torch.nn.functional.linear(x.double().abs(), weight.abs(), None if bias is None else wide.abs())
+    assert out.dtype == dtype and out.shape == (x_rows, rows)
+    close = (out.double() - expected).abs() <= SUM_RTOL * magnitude + 2 * ULP[dtype] * magnitude
+    assert (close | (out.double() == expected)).all()
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 126, 127, 128, 250, 254, 255])
+def test_the_linear_on_mxfp4_knows_every_scale(simd, scale):
+    values = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    scales = torch.full((16, 1), scale, dtype=torch.uint8)
+    out = ops.mxfp4_linear(torch.eye(32) / 8, values, scales, simd=simd)  # / 8: no sum of zeros times infinity
+    weight = reference.widen_mxfp4(values, scales)
+    if scale > 253:  # what is infinite makes a NaN of each zero
+        assert out.isnan().any() and (scale == 254 or out.isnan().all())
+    else:
+        torch.testing.assert_close(out, weight.t() / 8, rtol=0, atol=0)
+
+
+FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e4m3fnuz": torch.float8_e4m3fnuz}
+SCALES = [0.0, -0.0, 1.0, -1.5, 2.0**-149, 3e-39, 1.7e-7, 1 / 448, 3.3, 65504.0, 2.0**126, 3e38, torch.inf, torch.nan]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("fp8", FP8.values(), ids=FP8)
+def test_every_byte_of_fp8_with_scales_that_are_hard(simd, fp8, dtype):
+    values = torch.arange(256, dtype=torch.uint8).view(fp8).repeat(len(SCALES), 1)
+    scales = torch.tensor(SCALES)[:, None]
+    weight = ops.widen_fp8(values, scales, block=(1, 256), dtype=dtype, simd=simd)
+    assert_same(weight, reference.widen_fp8(values, scales, block=(1, 256)).to(dtype))
+
+
+@given(
+    rows=st.integers(0, 70),
+    columns=st.one_of(st.integers(0, 200), st.sampled_from([512, 1100])),
+    block=st.tuples(st.integers(1, 140), st.sampled_from([1, 7, 16, 31, 32, 33, 48, 64, 100, 128, 2000])),
+    place=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    fp8=st.sampled_from(list(FP8.values())),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    offset=st.integers(0, 63),
+    seed=st.integers(0, 99),
+)
+def test_fp8_is_widened_as_specified(simd, rows, columns, block, place, fp8, dtype, offset, seed):
+    begin = tuple(int(where * side) for where, side in zip(place, block, strict=True))
+    counts = [-(-(first + size) // side) for first, size, side in zip(begin, (rows, columns), block, strict=True)]
+    values = random_bytes((rows, columns + 3), seed, offset)[:, 3:].view(fp8)
+    scales = torch.randn(*counts, generator=torch.Generator().manual_seed(seed)).exp()
+    weight = ops.widen_fp8(values, scales, block=block, begin=begin, dtype=dtype, simd=simd)
+    assert_same(weight, reference.widen_fp8(values, scales, block=block, begin=begin).to(dtype))
+
+
+def test_threads_do_not_change_a_bit_of_what_is_widened(simd):
+    values, scales = random_bytes((1500, 512), 0), random_bytes((1500, 32), 1)
+    grid = torch.rand(12, 4)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            weight = ops.widen_mxfp4(values, scales, dtype=torch.bfloat16, simd=simd)
+            assert_same(weight, reference.widen_mxfp4(values, scales).bfloat16())
+            weight = ops.widen_fp8(
+                values.view(torch.float8_e4m3fn), grid, block=(128, 128), dtype=torch.bfloat16, simd=simd
+            )
+            assert_same(
+                weight, reference.widen_fp8(values.view(torch.float8_e4m3fn), grid, block=(128, 128)).bfloat16()
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64])
+def test_weights_may_be_of_several_experts_and_transposed(dtype):
+    values, scales = random_bytes((3, 10, 64), 0), random_bytes((3, 10, 4), 1) // 2 + 64
+    expected = reference.widen_mxfp4(values, scales).to(dtype)
+    assert torch.equal(widening.widen_mxfp4(values, scales, dtype=dtype), expected)
+    assert torch.equal(widening.widen_mxfp4(values[:, 2:7], scales[:, 2:7], dtype=dtype), expected[:, 2:7])
+    values, scales, block = torch.randn(3, 40, 50).to(torch.float8_e4m3fn), torch.rand(3, 4, 3), (12, 20)
+    expected = reference.widen_fp8(values, scales, block=block).to(dtype)
+    assert torch.equal(widening.widen_fp8(values, scales, block=block, begin=(0, 0), dtype=dtype), expected)
+    turned = widening.widen_fp8(values.mT, scales.mT, block=block[::-1], begin=(0, 0), dtype=dtype)
+    assert torch.equal(turned, expected.mT)
+    powers = torch.randint(100, 140, (3, 4, 3), dtype=torch.uint8)
+    powers[1, 1, 1] = 255
+    weight = widening.widen_fp8(values, powers, block=block, begin=(0, 0), dtype=dtype)
+    assert weight.isnan().sum() == 12 * 20 and weight[1, 12:24, 20:40].isnan().all()
+    assert torch.equal(
+        weight[0], reference.widen_fp8(values[0], 2.0 ** (powers[0].float() - 127), block=block).to(dtype)
+    )
+
+
+def test_what_cannot_be_widened_is_said():
+    values, scales = random_bytes((6, 32), 0), random_bytes((6, 2), 1)
+    for bad in (values.int(), values[0], values[:, ::2], values.T):
+        with pytest.raises(ValueError, match="values must be a uint8 CPU tensor of rows"):
+            ops.widen_mxfp4(bad, scales, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"one for each 16 bytes of values, got \[6, 1\] for \[6, 32\]"):
+        ops.widen_mxfp4(values, scales[:, :1], dtype=torch.float32)
+    with pytest.raises(ValueError, match="one for each 16 bytes of values"):
+        ops.widen_mxfp4(values[:5], scales, dtype=torch.float32)
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
+        ops.widen_mxfp4(values, scales, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must be a CPU tensor of 2 dimensions .* with 64 features"):
+        ops.mxfp4_linear(torch.randn(2, 32), values, scales)
+    with pytest.raises(ValueError, match="bias must be a contiguous CPU tensor of 6 elements"):
+        ops.mxfp4_linear(torch.randn(2, 64), values, scales, bias=torch.zeros(5))
+    with pytest.raises(NotImplementedError, match="not differentiable"):
+        ops.mxfp4_linear(torch.randn(2, 64, requires_grad=True), values, scales).sum().backward()
+    with pytest.raises(ValueError, match=r"out must be a contiguous CPU tensor \[6, 64\]"):
+        ops.widen_mxfp4(values, scales, dtype=torch.float32, out=torch.empty(6, 63))
+    with pytest.raises(ValueError, match="out must be of torch.float32, got torch.float16"):
+        ops.widen_mxfp4(values, scales, dtype=torch.float32, out=torch.empty(6, 64, dtype=torch.float16))
+    fp8, grid = values.view(torch.float8_e4m3fn), torch.rand(2, 2)
+    with pytest.raises(ValueError, match="values must be float8_e4m3fn, float8_e5m2 or float8_e4m3fnuz"):
+        ops.widen_fp8(values, grid, block=(3, 16), dtype=torch.float32)
+    with pytest.raises(ValueError, match="scales must be a float32 CPU tensor of rows"):
+        ops.widen_fp8(fp8, grid.double(), block=(3, 16), dtype=torch.float32)
+    with pytest.raises(ValueError, match="scales must cover the values: along dim 1 wanted 3, got 2"):
+        ops.widen_fp8(fp8, grid, block=(3, 16), begin=(0, 1), dtype=torch.float32)
+    with pytest.raises(ValueError, match="begin must lie inside of a block of 1 to .*, got 3 of 3"):
+        ops.widen_fp8(fp8, grid, block=(3, 16), begin=(3, 0), dtype=torch.float32)
+    for side in (0, -1, 2**62):
+        with pytest.raises(ValueError, match="begin must lie inside of a block of 1 to "):
+            ops.widen_fp8(fp8, grid, block=(3, side), dtype=torch.float32)
+    with pytest.raises(ValueError, match="simd must be auto, serial"):
+        ops.widen_mxfp4(values, scales, dtype=torch.float32, simd="neon")

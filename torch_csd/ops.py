@@ -634,14 +634,98 @@ def quantised_linear(
     Raises:
         ValueError: a shape, a dtype or ``bits`` does not fit.
     """
+    return _linear(_ops.quantised_linear.default, x, rows, bits, bias, simd_name(simd))
+
+
+def _linear(op: Callable[..., Tensor], x: Tensor, rows: Tensor, *arguments: Tensor | int | str | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    arguments = (flat, rows, bits, bias, simd_name(simd))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        out = _call(_ops.quantised_linear.default, *arguments)
+        out = _call(op, flat, rows, *arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # as in attend
-            out = _call(_ops.quantised_linear.default, *arguments)
+            out = _call(op, flat, rows, *arguments)
     return out.view(*x.shape[:-1], rows.shape[0])
+
+
+# ---- weights as checkpoints store them (csrc/kernels/weights.h) ----------------------------------------------------
+
+_FP8_FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e5m2: "e5m2", torch.float8_e4m3fnuz: "e4m3fnuz"}
+FP8_DTYPES = frozenset(_FP8_FORMATS)  # that widen_fp8 knows
+
+
+def widen_mxfp4(
+    values: Tensor, scales: Tensor, *, dtype: torch.dtype, out: Tensor | None = None, simd: str | None = None
+) -> Tensor:
+    """MXFP4 (OCP Microscaling formats 1.0) as ``dtype``: ``[rows, in]``. A block with scale 255 is NaN.
+
+    Args:
+        values: uint8 ``[rows, in / 2]``, the first of two elements in the low bits; rows at any address and stride.
+        scales: uint8 ``[rows, in / 32]``, exponents of 2 plus 127; likewise.
+        dtype: float32, bfloat16 or float16.
+        out: contiguous memory for the result, of this shape and dtype.
+
+    Raises:
+        ValueError: a shape, a stride or a dtype does not fit.
+    """
+    shape = (values.shape[0], 2 * values.shape[-1]) if values.dim() else ()
+    out = _target(shape, dtype, out)
+    _call(_ops.widen_mxfp4.default, values, scales, out, simd_name(simd))
+    return out
+
+
+def _target(shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    if out.dtype != dtype:
+        raise ValueError(f"out must be of {dtype}, got {out.dtype}")
+    return out
+
+
+def mxfp4_linear(
+    x: Tensor, values: Tensor, scales: Tensor, *, bias: Tensor | None = None, simd: str | None = None
+) -> Tensor:
+    """``x @ weight.T + bias``: ``[..., rows]`` in x's dtype, in float32 until then. For few rows of x.
+
+    Args:
+        x: ``[..., in]``, float32, bfloat16 or float16.
+        values, scales: as of :func:`widen_mxfp4`.
+        bias: ``[rows]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, a stride or a dtype does not fit.
+    """
+    return _linear(_ops.mxfp4_linear.default, x, values, scales, bias, simd_name(simd))
+
+
+def widen_fp8(
+    values: Tensor,
+    scales: Tensor,
+    *,
+    block: tuple[int, int],
+    begin: tuple[int, int] = (0, 0),
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    simd: str | None = None,
+) -> Tensor:
+    """``value * scale`` in float32, rounded to ``dtype``: ``[rows, in]``.
+
+    Args:
+        values: of one of `FP8_DTYPES`, ``[rows, in]``; rows at any address and stride.
+        scales: float32 ``[rows of blocks, columns of blocks]``.
+        block: elements that share a scale, down and across.
+        begin: where in its block the first element is.
+        dtype: float32, bfloat16 or float16.
+        out: contiguous memory for the result, of this shape and dtype.
+
+    Raises:
+        ValueError: a shape, a stride or a dtype does not fit.
+    """
+    if values.dtype not in FP8_DTYPES:
+        raise ValueError(f"values must be float8_e4m3fn, float8_e5m2 or float8_e4m3fnuz, got {values.dtype}")
+    out = _target(values.shape, dtype, out)
+    arguments = (values.view(torch.uint8), _FP8_FORMATS[values.dtype], scales, block, begin, out, simd_name(simd))
+    _call(_ops.widen_fp8.default, *arguments)
+    return out
 
 
 # ---- the drive's I/O, for memory of others ------------------------------------------------------------------------
@@ -954,6 +1038,21 @@ def _(rows, bits, in_features, dtype, simd):
     return rows.new_empty((rows.shape[0], in_features), dtype=dtype)
 
 
+@torch.library.register_fake("torch_csd::widen_mxfp4")
+def _(values, scales, out, simd):
+    return None
+
+
+@torch.library.register_fake("torch_csd::mxfp4_linear")
+def _(x, values, scales, bias, simd):
+    return x.new_empty((x.shape[0], values.shape[0]))
+
+
+@torch.library.register_fake("torch_csd::widen_fp8")
+def _(values, format, scales, block, begin, out, simd):
+    return None
+
+
 @torch.library.register_fake("torch_csd::quantised_linear")
 def _(x, rows, bits, bias, simd):
     return x.new_empty((x.shape[0], rows.shape[0]))
@@ -1029,3 +1128,4 @@ def _no_linear_backward(ctx, *gradients):
 for _name in ("attend", "attend_sparse", "scores", "weighted_sum"):
     torch.library.register_autograd(f"torch_csd::{_name}", _no_backward)
 torch.library.register_autograd("torch_csd::quantised_linear", _no_linear_backward)
+torch.library.register_autograd("torch_csd::mxfp4_linear", _no_linear_backward)

@@ -318,6 +318,29 @@ def quantised_linear(x: Tensor, rows: Tensor, *, bits: int, bias: Tensor | None 
     return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def widen_e8m0(scales: Tensor) -> Tensor:
+    """Exponents of 2 plus 127, uint8, as float32; 255 is NaN (OCP Microscaling formats 1.0, section 5.4.1)."""
+    return torch.where(scales == 255, torch.nan, (scales.float() - 127).exp2())
+
+
+def widen_mxfp4(values: Tensor, scales: Tensor) -> Tensor:
+    """uint8 ``[..., in / 2]``, two elements to a byte, and ``[..., in / 32]``: ``[..., in]``, float32
+    (csrc/kernels/weights.h)."""
+    codes = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)
+    elements = torch.tensor(_E2M1, device=values.device)[codes.int()]
+    return elements * widen_e8m0(scales).repeat_interleave(32, -1)
+
+
+def widen_fp8(values: Tensor, scales: Tensor, *, block: tuple[int, int], begin: tuple[int, int] = (0, 0)) -> Tensor:
+    """``[..., rows, in]`` times the scales of blocks, ``[..., rows of blocks, columns of blocks]``: float32."""
+    for dim, (side, first) in zip((-2, -1), zip(block, begin, strict=True), strict=True):
+        scales = scales.repeat_interleave(side, dim).narrow(dim, first, values.shape[dim])
+    return values.float() * scales
+
+
 def stored(
     k: Tensor, v: Tensor, code_bits: int, *, page_tokens: int = 64, tail_pages: int = 2
 ) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@
 #include <atomic>
 
 #include "base/aligned_buffer.h"
-#include "kernels/weights.h"
 
 namespace csd {
 namespace {
@@ -40,20 +39,12 @@ void over_rows(const LinearContext& context, int64_t row_count, int64_t threads_
 constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 constexpr int64_t kElementsPerThread = int64_t{1} << 17;
 
-}  // namespace
-
-void quantised_linear(const LinearContext& context, const QuantisedLinear& linear) {
-  const int64_t padded = weight_group_count(linear.in_features) * kWeightGroup;
-  const int64_t row_bytes = weight_row_bytes(linear.code_bits, linear.in_features);
+// Calls dots(x, count, begin, end, out, out_stride) for blocks of the weight's rows and of rows of x, and
+// makes linear.out of it. x: [linear.x_count][x_step], fp32.
+template <typename Linear, typename Dots>
+void linear_of(const LinearContext& context, const Linear& linear, int64_t row_count, const float* x,
+               int64_t x_step, const Dots& dots) {
   const int64_t bytes_per_element = element_bytes(linear.dtype);
-  AlignedBuffer buffer;
-  auto* x =
-      static_cast<float*>(buffer.reserve(linear.x_count * padded * static_cast<int64_t>(sizeof(float))));
-  for (int64_t m = 0; m < linear.x_count; ++m) {
-    const auto* source = static_cast<const char*>(linear.x) + m * linear.x_stride * bytes_per_element;
-    context.kernels.load(linear.dtype, source, 1.0f, linear.in_features, x + m * padded);
-    std::fill(x + m * padded + linear.in_features, x + (m + 1) * padded, 0.0f);
-  }
   const auto task = [&](int64_t begin, int64_t end) {
     float bias[kRowBlock];
     if (linear.bias != nullptr) {
@@ -66,21 +57,72 @@ void quantised_linear(const LinearContext& context, const QuantisedLinear& linea
       const int64_t blocks = (left + kWeightDotsMax - 1) / kWeightDotsMax;
       count = (left + blocks - 1) / blocks;
       float out[kWeightDotsMax * kRowBlock];
-      context.kernels.weight_dots(linear.code_bits, x + m * padded, count, linear.rows + begin * row_bytes,
-                                  end - begin, linear.in_features, out, kRowBlock);
+      dots(x + m * x_step, count, begin, end, out, kRowBlock);
       for (int64_t i = 0; i < count; ++i) {
         float* values = out + i * kRowBlock;
         if (linear.bias != nullptr) {
           for (int64_t n = 0; n < end - begin; ++n) values[n] += bias[n];
         }
-        auto* target =
-            static_cast<char*>(linear.out) + ((m + i) * linear.row_count + begin) * bytes_per_element;
+        auto* target = static_cast<char*>(linear.out) + ((m + i) * row_count + begin) * bytes_per_element;
         context.kernels.store(linear.dtype, values, 1.0f, end - begin, target);
       }
     }
   };
-  const int64_t products = linear.x_count * linear.row_count * padded;
-  over_rows(context, linear.row_count, products / kProductsPerThread, task);
+  over_rows(context, row_count, linear.x_count * row_count * x_step / kProductsPerThread, task);
+}
+
+// Row m of linear.x in fp32.
+template <typename Linear>
+void load_x(const LinearContext& context, const Linear& linear, int64_t m, int64_t in_features, float* x) {
+  const auto* source = static_cast<const char*>(linear.x) + m * linear.x_stride * element_bytes(linear.dtype);
+  context.kernels.load(linear.dtype, source, 1.0f, in_features, x);
+}
+
+float* reserve_floats(AlignedBuffer* buffer, int64_t count) {
+  return static_cast<float*>(buffer->reserve(count * static_cast<int64_t>(sizeof(float))));
+}
+
+}  // namespace
+
+void quantised_linear(const LinearContext& context, const QuantisedLinear& linear) {
+  const int64_t padded = weight_group_count(linear.in_features) * kWeightGroup;
+  const int64_t row_bytes = weight_row_bytes(linear.code_bits, linear.in_features);
+  AlignedBuffer buffer;
+  float* x = reserve_floats(&buffer, linear.x_count * padded);
+  for (int64_t m = 0; m < linear.x_count; ++m) {
+    load_x(context, linear, m, linear.in_features, x + m * padded);
+    std::fill(x + m * padded + linear.in_features, x + (m + 1) * padded, 0.0f);
+  }
+  linear_of(context, linear, linear.row_count, x, padded,
+            [&](const float* x, int64_t count, int64_t begin, int64_t end, float* out, int64_t out_stride) {
+              context.kernels.weight_dots(linear.code_bits, x, count, linear.rows + begin * row_bytes,
+                                          end - begin, linear.in_features, out, out_stride);
+            });
+}
+
+void mxfp4_linear(const LinearContext& context, const Mxfp4Linear& linear) {
+  const Mxfp4Rows& rows = linear.rows;
+  const int64_t in_features = rows.block_count * kMxBlock;
+  AlignedBuffer buffer;
+  float* x = reserve_floats(&buffer, linear.x_count * in_features);
+  for (int64_t m = 0; m < linear.x_count; ++m) {
+    load_x(context, linear, m, in_features, x + m * in_features);
+    for (int64_t g = 0; g < rows.block_count; ++g) {  // even elements first, as the kernel wants them
+      float* block = x + m * in_features + g * kMxBlock;
+      float odd[kMxBlock / 2];
+      for (int64_t i = 0; i < kMxBlock / 2; ++i) {
+        odd[i] = block[2 * i + 1];
+        block[i] = block[2 * i];
+      }
+      std::copy_n(odd, kMxBlock / 2, block + kMxBlock / 2);
+    }
+  }
+  linear_of(context, linear, rows.row_count, x, in_features,
+            [&](const float* x, int64_t count, int64_t begin, int64_t end, float* out, int64_t out_stride) {
+              context.kernels.mxfp4_dots(x, count, rows.values + begin * rows.values_stride,
+                                         rows.values_stride, rows.scales + begin * rows.scales_stride,
+                                         rows.scales_stride, end - begin, rows.block_count, out, out_stride);
+            });
 }
 
 void quantise_rows(const LinearContext& context, int code_bits, DType source_dtype, const void* source,
@@ -105,6 +147,32 @@ void dequantise_rows(const LinearContext& context, int code_bits, const uint8_t*
     }
   };
   over_rows(context, row_count, row_count * in_features / kElementsPerThread, task);
+}
+
+void widen_mxfp4(const LinearContext& context, const Mxfp4Rows& rows, DType target_dtype, void* target) {
+  const int64_t column_count = rows.block_count * kMxBlock;
+  const int64_t target_bytes = column_count * element_bytes(target_dtype);
+  const auto task = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      context.kernels.widen_mxfp4_row(rows.values + n * rows.values_stride,
+                                      rows.scales + n * rows.scales_stride, rows.block_count, target_dtype,
+                                      static_cast<char*>(target) + n * target_bytes);
+    }
+  };
+  over_rows(context, rows.row_count, rows.row_count * column_count / kElementsPerThread, task);
+}
+
+void widen_fp8(const LinearContext& context, const Fp8Rows& rows, DType target_dtype, void* target) {
+  const int64_t target_bytes = rows.column_count * element_bytes(target_dtype);
+  const auto task = [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* scales = rows.scales + (rows.begin_row + n) / rows.block_rows * rows.scales_stride;
+      context.kernels.widen_fp8_row(rows.format, rows.values + n * rows.values_stride, rows.column_count,
+                                    scales, rows.block_columns, rows.begin_column, target_dtype,
+                                    static_cast<char*>(target) + n * target_bytes);
+    }
+  };
+  over_rows(context, rows.row_count, rows.row_count * rows.column_count / kElementsPerThread, task);
 }
 
 }  // namespace csd

@@ -1357,6 +1357,178 @@ void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* 
   of(x, x_count, rows, row_count, in_features, out, out_stride);
 }
 
+// ---- weights as checkpoints store them ----
+
+// 2 to the power of a byte less 127; NaN of 255.
+inline float e8m0(uint8_t code) {
+  const uint32_t bits = code == 0 ? 0x00400000u : code == 255 ? 0x7fc00000u : uint32_t{code} << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return scale;
+}
+
+// Eight elements by their codes, in the low four bits of as many bytes.
+inline __m256 e2m1_x8(__m128i codes) {
+  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+  const __m256i code = _mm256_cvtepu8_epi32(codes);
+  const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(code, 3), 31);
+  return _mm256_xor_ps(_mm256_permutevar8x32_ps(magnitudes, code), _mm256_castsi256_ps(sign));
+}
+
+template <typename D>
+void widen_mxfp4_all(const uint8_t* values, const uint8_t* scales, int64_t block_count, void* target) {
+  auto* elements = static_cast<typename D::Element*>(target);
+  for (int64_t g = 0; g < block_count; ++g) {
+    const __m256 scale = _mm256_set1_ps(e8m0(scales[g]));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + g * (kMxBlock / 2)));
+    const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15));
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    const __m128i codes[2] = {_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)};
+    CSD_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      D::store(elements + g * kMxBlock + 16 * i,
+               {_mm256_mul_ps(e2m1_x8(codes[i]), scale),
+                _mm256_mul_ps(e2m1_x8(_mm_srli_si128(codes[i], 8)), scale)});
+    }
+  }
+}
+
+void widen_mxfp4_row(const uint8_t* values, const uint8_t* scales, int64_t block_count, DType target_dtype,
+                     void* target) {
+  switch (target_dtype) {
+    case DType::kFloat32:
+      return widen_mxfp4_all<Float32>(values, scales, block_count, target);
+    case DType::kBFloat16:
+      return widen_mxfp4_all<BFloat16>(values, scales, block_count, target);
+    case DType::kFloat16:
+      return widen_mxfp4_all<Float16>(values, scales, block_count, target);
+  }
+}
+
+// By way of float16, which has every value that fp8 has, but for a power of two: no subnormal needs care.
+template <Fp8 kFormat>
+inline F32x16 load_fp8x16(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  __m256i halves = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
+  if (kFormat != Fp8::kE5M2) {
+    // One bit of exponent more, between the sign and the others.
+    const __m256i shifted = _mm256_srai_epi16(halves, 1);
+    const __m256i is_nan =
+        kFormat == Fp8::kE4M3Fn
+            ? _mm256_cmpeq_epi16(_mm256_or_si256(halves, _mm256_set1_epi16(-32768)), _mm256_set1_epi16(-256))
+            : _mm256_cmpeq_epi16(halves, _mm256_set1_epi16(-32768));
+    halves = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    halves = _mm256_blendv_epi8(halves, _mm256_set1_epi16(0x7e00), is_nan);
+  }
+  const F32x16 x = {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                    _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+  if (kFormat == Fp8::kE5M2) return x;
+  const __m256 factor = _mm256_set1_ps(kFormat == Fp8::kE4M3Fn ? 256.0f : 128.0f);
+  return {_mm256_mul_ps(x.first, factor), _mm256_mul_ps(x.second, factor)};
+}
+
+template <Fp8 kFormat, typename D>
+inline void widen_fp8x16(const uint8_t* values, __m256 scale, typename D::Element* target) {
+  const F32x16 x = load_fp8x16<kFormat>(values);
+  D::store(target, {_mm256_mul_ps(x.first, scale), _mm256_mul_ps(x.second, scale)});
+}
+
+template <Fp8 kFormat, typename D>
+void widen_fp8_all(const uint8_t* values, int64_t count, const float* scales, int64_t block, int64_t begin,
+                   void* target) {
+  auto* elements = static_cast<typename D::Element*>(target);
+  for (int64_t i = 0, end = block - begin; i < count; end += block) {
+    const int64_t last = end < count ? end : count;
+    const __m256 scale = _mm256_set1_ps(*scales++);
+    for (; i + kGroup <= last; i += kGroup) widen_fp8x16<kFormat, D>(values + i, scale, elements + i);
+    if (i < last) {
+      const WholeGroup<uint8_t> last_values(values + i, last - i);
+      WholeGroup<typename D::Element> last_elements;
+      widen_fp8x16<kFormat, D>(last_values.elements, scale, last_elements.elements);
+      std::memcpy(elements + i, last_elements.elements,
+                  static_cast<size_t>(last - i) * sizeof(typename D::Element));
+    }
+    i = last;
+  }
+}
+
+template <Fp8 kFormat>
+void widen_fp8_of(const uint8_t* values, int64_t count, const float* scales, int64_t block, int64_t begin,
+                  DType target_dtype, void* target) {
+  switch (target_dtype) {
+    case DType::kFloat32:
+      return widen_fp8_all<kFormat, Float32>(values, count, scales, block, begin, target);
+    case DType::kBFloat16:
+      return widen_fp8_all<kFormat, BFloat16>(values, count, scales, block, begin, target);
+    case DType::kFloat16:
+      return widen_fp8_all<kFormat, Float16>(values, count, scales, block, begin, target);
+  }
+}
+
+void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
+                   int64_t begin, DType target_dtype, void* target) {
+  switch (format) {
+    case Fp8::kE4M3Fn:
+      return widen_fp8_of<Fp8::kE4M3Fn>(values, count, scales, block, begin, target_dtype, target);
+    case Fp8::kE5M2:
+      return widen_fp8_of<Fp8::kE5M2>(values, count, scales, block, begin, target_dtype, target);
+    case Fp8::kE4M3Fnuz:
+      return widen_fp8_of<Fp8::kE4M3Fnuz>(values, count, scales, block, begin, target_dtype, target);
+  }
+}
+
+// kX rows of x by one row of the weight, as in weight_dots_row.
+template <int kX>
+void mxfp4_dots_row(const float* x, const uint8_t* values, const uint8_t* scales, int64_t block_count,
+                    float* out, int64_t out_stride) {
+  constexpr int kChains = kX == 1 ? 4 : 2;
+  const int64_t x_stride = block_count * kMxBlock;
+  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 sum[kX][kChains];
+  CSD_UNROLL
+  for (int m = 0; m < kX; ++m) {
+    CSD_UNROLL
+    for (int c = 0; c < kChains; ++c) sum[m][c] = _mm256_setzero_ps();
+  }
+  for (int64_t g = 0; g < block_count; ++g) {
+    const __m256 table = _mm256_mul_ps(magnitudes, _mm256_set1_ps(e8m0(scales[g])));
+    CSD_UNROLL
+    for (int j = 0; j < 4; ++j) {  // even elements 0..7 and 8..15, then odd ones
+      const __m256i pairs = load_u8x8(values + g * (kMxBlock / 2) + 8 * (j % 2));
+      const __m256i code = j < 2 ? pairs : _mm256_srli_epi32(pairs, 4);
+      const __m256 negative = _mm256_and_ps(sign, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+      const __m256 weights = _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code), negative);
+      CSD_UNROLL
+      for (int m = 0; m < kX; ++m) {
+        const __m256 x_part = _mm256_load_ps(x + m * x_stride + g * kMxBlock + 8 * j);
+        sum[m][j % kChains] = _mm256_fmadd_ps(x_part, weights, sum[m][j % kChains]);
+      }
+    }
+  }
+  CSD_UNROLL
+  for (int m = 0; m < kX; ++m) {
+    __m256 total = sum[m][0];
+    CSD_UNROLL
+    for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, sum[m][c]);
+    out[m * out_stride] = reduce_add(total);
+  }
+}
+
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride) {
+  using Row = void (*)(const float*, const uint8_t*, const uint8_t*, int64_t, float*, int64_t);
+  static constexpr Row kRow[] = {mxfp4_dots_row<1>, mxfp4_dots_row<2>, mxfp4_dots_row<3>, mxfp4_dots_row<4>};
+  for (int64_t n = 0; n < row_count; ++n) {
+    for (int64_t m = 0; m < x_count; m += 4) {
+      const int64_t count = x_count - m < 4 ? x_count - m : 4;
+      kRow[count - 1](x + m * block_count * kMxBlock, values + n * values_stride, scales + n * scales_stride,
+                      block_count, out + m * out_stride + n, out_stride);
+    }
+  }
+}
+
 }  // namespace
 
 CSD_TARGET_END
@@ -1382,6 +1554,9 @@ const Kernels kAvx2Kernels = {
     quantise_weight_row,
     dequantise_weight_row,
     weight_dots,
+    widen_mxfp4_row,
+    widen_fp8_row,
+    mxfp4_dots,
 };
 
 }  // namespace csd

@@ -97,9 +97,10 @@ struct BFloat16 {
     const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     return {_mm512_permutex2var_ps(x.first, low, x.second), _mm512_permutex2var_ps(x.first, high, x.second)};
   }
+  static __m256i narrow(__m512 x) { return narrow_bf16x16(x); }
   static void store(uint16_t* p, __mmask32 mask, F32x32 x) {
-    _mm256_mask_storeu_epi16(p, first_half(mask), narrow_bf16x16(x.first));
-    _mm256_mask_storeu_epi16(p + 16, second_half(mask), narrow_bf16x16(x.second));
+    _mm256_mask_storeu_epi16(p, first_half(mask), narrow(x.first));
+    _mm256_mask_storeu_epi16(p + 16, second_half(mask), narrow(x.second));
   }
 };
 
@@ -110,10 +111,12 @@ struct Float16 {
             _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(second_half(mask), p + 16))};
   }
   static F32x32 ordered(F32x32 x) { return x; }
+  static __m256i narrow(__m512 x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static void store(uint16_t* p, __mmask32 mask, F32x32 x) {
-    constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    _mm256_mask_storeu_epi16(p, first_half(mask), _mm512_cvtps_ph(x.first, kNearestEven));
-    _mm256_mask_storeu_epi16(p + 16, second_half(mask), _mm512_cvtps_ph(x.second, kNearestEven));
+    _mm256_mask_storeu_epi16(p, first_half(mask), narrow(x.first));
+    _mm256_mask_storeu_epi16(p + 16, second_half(mask), narrow(x.second));
   }
 };
 
@@ -1353,6 +1356,233 @@ void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* 
   kRows[code_bits == 8][x_count - 1](x, rows, row_count, in_features, out, out_stride);
 }
 
+// ---- weights as checkpoints store them ----
+
+// 2 to the power of a byte less 127; NaN of 255.
+inline float e8m0(uint8_t code) {
+  const uint32_t bits = code == 0 ? 0x00400000u : code == 255 ? 0x7fc00000u : uint32_t{code} << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return scale;
+}
+
+// The sixteen values that there can be with this scale.
+inline __m512 mxfp4_values(uint8_t scale) {
+  const __m512 elements = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f,
+                                         -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+  return _mm512_mul_ps(elements, _mm512_set1_ps(e8m0(scale)));
+}
+
+// They are rounded, and then chosen by nibble: an index's upper bits do not count.
+template <typename D>
+inline void widen_mxfp4_block(const uint8_t* values, uint8_t scale, uint16_t* target) {
+  const __m256i narrow = D::narrow(mxfp4_values(scale));
+  const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(narrow), narrow, 1);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  const __m512i index = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+  _mm512_storeu_si512(target, _mm512_permutexvar_epi16(index, table));
+}
+
+template <typename D>
+inline void widen_mxfp4_block(const uint8_t* values, uint8_t scale, float* target) {
+  const __m512 table = mxfp4_values(scale);
+  CSD_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + 8 * i));
+    const __m512i bytes = _mm512_cvtepu8_epi64(eight);
+    const __m512i index = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
+    _mm512_storeu_ps(target + 16 * i, _mm512_permutexvar_ps(index, table));
+  }
+}
+
+template <typename D>
+void widen_mxfp4_all(const uint8_t* values, const uint8_t* scales, int64_t block_count, void* target) {
+  auto* elements = static_cast<typename D::Element*>(target);
+  for (int64_t g = 0; g < block_count; ++g) {
+    widen_mxfp4_block<D>(values + g * (kMxBlock / 2), scales[g], elements + g * kMxBlock);
+  }
+}
+
+void widen_mxfp4_row(const uint8_t* values, const uint8_t* scales, int64_t block_count, DType target_dtype,
+                     void* target) {
+  switch (target_dtype) {
+    case DType::kFloat32:
+      return widen_mxfp4_all<Float32>(values, scales, block_count, target);
+    case DType::kBFloat16:
+      return widen_mxfp4_all<BFloat16>(values, scales, block_count, target);
+    case DType::kFloat16:
+      return widen_mxfp4_all<Float16>(values, scales, block_count, target);
+  }
+}
+
+// By way of float16, which has every value that fp8 has, but for a power of two: no subnormal needs care.
+template <Fp8 kFormat>
+inline F32x32 load_fp8x32(const uint8_t* p, __mmask32 mask) {
+  const __m256i bytes = _mm256_maskz_loadu_epi8(mask, p);
+  __m512i halves = _mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 8);
+  if (kFormat != Fp8::kE5M2) {
+    // One bit of exponent more, between the sign and the others.
+    const __m512i shifted = _mm512_srai_epi16(halves, 1);
+    const __m512i nan = _mm512_set1_epi16(0x7e00);
+    const __mmask32 is_nan =
+        kFormat == Fp8::kE4M3Fn
+            ? _mm256_cmpeq_epi8_mask(_mm256_or_si256(bytes, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-1))
+            : _mm256_cmpeq_epi8_mask(bytes, _mm256_set1_epi8(-128));
+    halves = _mm512_and_si512(shifted, _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+    halves = _mm512_mask_mov_epi16(halves, is_nan, nan);
+  }
+  F32x32 x = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+              _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+  if (kFormat == Fp8::kE5M2) return x;
+  const __m512 factor = _mm512_set1_ps(kFormat == Fp8::kE4M3Fn ? 256.0f : 128.0f);
+  return {_mm512_mul_ps(x.first, factor), _mm512_mul_ps(x.second, factor)};
+}
+
+template <Fp8 kFormat, typename D>
+inline void widen_fp8x32(const uint8_t* values, __mmask32 mask, __m512 scale, typename D::Element* target) {
+  const F32x32 x = load_fp8x32<kFormat>(values, mask);
+  D::store(target, mask, {_mm512_mul_ps(x.first, scale), _mm512_mul_ps(x.second, scale)});
+}
+
+template <Fp8 kFormat, typename D>
+void widen_fp8_all(const uint8_t* values, int64_t count, const float* scales, int64_t block, int64_t begin,
+                   void* target) {
+  auto* elements = static_cast<typename D::Element*>(target);
+  for (int64_t i = 0, end = block - begin; i < count; end += block) {
+    const int64_t last = end < count ? end : count;
+    const __m512 scale = _mm512_set1_ps(*scales++);
+    for (; i + 32 <= last; i += 32) {
+      widen_fp8x32<kFormat, D>(values + i, ~__mmask32{0}, scale, elements + i);
+    }
+    if (i < last) widen_fp8x32<kFormat, D>(values + i, mask_of(last - i), scale, elements + i);
+    i = last;
+  }
+}
+
+template <Fp8 kFormat>
+void widen_fp8_of(const uint8_t* values, int64_t count, const float* scales, int64_t block, int64_t begin,
+                  DType target_dtype, void* target) {
+  switch (target_dtype) {
+    case DType::kFloat32:
+      return widen_fp8_all<kFormat, Float32>(values, count, scales, block, begin, target);
+    case DType::kBFloat16:
+      return widen_fp8_all<kFormat, BFloat16>(values, count, scales, block, begin, target);
+    case DType::kFloat16:
+      return widen_fp8_all<kFormat, Float16>(values, count, scales, block, begin, target);
+  }
+}
+
+void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
+                   int64_t begin, DType target_dtype, void* target) {
+  switch (format) {
+    case Fp8::kE4M3Fn:
+      return widen_fp8_of<Fp8::kE4M3Fn>(values, count, scales, block, begin, target_dtype, target);
+    case Fp8::kE5M2:
+      return widen_fp8_of<Fp8::kE5M2>(values, count, scales, block, begin, target_dtype, target);
+    case Fp8::kE4M3Fnuz:
+      return widen_fp8_of<Fp8::kE4M3Fnuz>(values, count, scales, block, begin, target_dtype, target);
+  }
+}
+
+// kX rows of x by kRows rows of the weight, as in weight_dots_block.
+template <int kX, int kRows>
+void mxfp4_dots_block(const float* x, const uint8_t* values, int64_t values_stride, const uint8_t* scales,
+                      int64_t scales_stride, int64_t block_count, float* out, int64_t out_stride) {
+  constexpr int kChains = kX * kRows >= 8 ? 1 : 2;
+  constexpr int64_t kBlockBytes = kMxBlock / 2;
+  const int64_t x_stride = block_count * kMxBlock;
+  const __m512 elements = mxfp4_values(127);
+  __m512 sum[kRows][kX][kChains];
+  CSD_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CSD_UNROLL
+    for (int m = 0; m < kX; ++m) {
+      CSD_UNROLL
+      for (int c = 0; c < kChains; ++c) sum[r][m][c] = _mm512_setzero_ps();
+    }
+  }
+  // What is fetched ahead goes up in memory without a gap, unlike what is read.
+  const auto* ahead = reinterpret_cast<const char*>(values) + kRows * values_stride + kWeightPrefetchBytes;
+  const auto* scales_ahead = reinterpret_cast<const char*>(scales) + kRows * scales_stride;
+  for (int64_t begin = 0; begin < block_count; begin += 16) {
+    const int64_t end = begin + 16 < block_count ? begin + 16 : block_count;
+    alignas(64) float factors[kRows][16];
+    CSD_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const __m128i codes =
+          _mm_maskz_loadu_epi8(first_half(mask_of(end - begin)), scales + r * scales_stride + begin);
+      const __m512i code = _mm512_cvtepu8_epi32(codes);
+      __m512i bits = _mm512_slli_epi32(code, 23);
+      bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(code, code), _mm512_set1_epi32(0x00400000));
+      bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255)),
+                                   _mm512_set1_epi32(0x7fc00000));
+      _mm512_store_ps(factors[r], _mm512_castsi512_ps(bits));
+    }
+    prefetch(scales_ahead + kRows * begin, kRows * 16);
+    for (int64_t g = begin; g < end; ++g) {
+      prefetch(ahead + g * kRows * kBlockBytes, kRows * kBlockBytes);
+      __m512 weights[kRows][2];
+      CSD_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 table = _mm512_mul_ps(elements, _mm512_set1_ps(factors[r][g - begin]));
+        const __m512i pairs = _mm512_cvtepu8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + r * values_stride + g * kBlockBytes)));
+        weights[r][0] = _mm512_permutexvar_ps(pairs, table);
+        weights[r][1] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
+      }
+      CSD_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        CSD_UNROLL
+        for (int m = 0; m < kX; ++m) {
+          const __m512 x_part = _mm512_load_ps(x + m * x_stride + g * kMxBlock + 16 * j);
+          CSD_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            __m512& chain = sum[r][m][j % kChains];
+            chain = _mm512_fmadd_ps(x_part, weights[r][j], chain);
+          }
+        }
+      }
+    }
+  }
+  CSD_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CSD_UNROLL
+    for (int m = 0; m < kX; ++m) {
+      __m512 total = sum[r][m][0];
+      CSD_UNROLL
+      for (int c = 1; c < kChains; ++c) total = _mm512_add_ps(total, sum[r][m][c]);
+      out[m * out_stride + r] = _mm512_reduce_add_ps(total);
+    }
+  }
+}
+
+template <int kX>
+void mxfp4_dots_rows(const float* x, const uint8_t* values, int64_t values_stride, const uint8_t* scales,
+                     int64_t scales_stride, int64_t row_count, int64_t block_count, float* out,
+                     int64_t out_stride) {
+  int64_t n = 0;
+  for (; n + kWeightRows <= row_count; n += kWeightRows) {
+    mxfp4_dots_block<kX, kWeightRows>(x, values + n * values_stride, values_stride,
+                                      scales + n * scales_stride, scales_stride, block_count, out + n,
+                                      out_stride);
+  }
+  for (; n < row_count; ++n) {
+    mxfp4_dots_block<kX, 1>(x, values + n * values_stride, values_stride, scales + n * scales_stride,
+                            scales_stride, block_count, out + n, out_stride);
+  }
+}
+
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride) {
+  using Rows = void (*)(const float*, const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t,
+                        float*, int64_t);
+  static constexpr Rows kRows[kWeightDotsMax] = {mxfp4_dots_rows<1>, mxfp4_dots_rows<2>, mxfp4_dots_rows<3>,
+                                                 mxfp4_dots_rows<4>, mxfp4_dots_rows<5>, mxfp4_dots_rows<6>};
+  kRows[x_count - 1](x, values, values_stride, scales, scales_stride, row_count, block_count, out,
+                     out_stride);
+}
+
 }  // namespace
 
 CSD_TARGET_END
@@ -1378,6 +1608,9 @@ const Kernels kAvx512Kernels = {
     quantise_weight_row,
     dequantise_weight_row,
     weight_dots,
+    widen_mxfp4_row,
+    widen_fp8_row,
+    mxfp4_dots,
 };
 
 const Kernels kAvx512VnniKernels = {
@@ -1401,6 +1634,9 @@ const Kernels kAvx512VnniKernels = {
     quantise_weight_row,
     dequantise_weight_row,
     weight_dots,
+    widen_mxfp4_row,
+    widen_fp8_row,
+    mxfp4_dots,
 };
 
 }  // namespace csd

@@ -29,6 +29,8 @@ struct ScoreModifier {
   float alibi_offset = 0.0f;
 };
 
+enum class Fp8 : uint8_t;  // weights.h
+
 struct Kernels {
   const char* name;
 
@@ -120,6 +122,24 @@ struct Kernels {
   // kWeightDotsMax.
   void (*weight_dots)(int code_bits, const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
                       int64_t in_features, float* out, int64_t out_stride);
+
+  // ---- weights as checkpoints store them: weights.h says what they stand for ----
+
+  // A row of block_count blocks of MXFP4, rounded to target_dtype; the same from every table.
+  void (*widen_mxfp4_row)(const uint8_t* values, const uint8_t* scales, int64_t block_count,
+                          DType target_dtype, void* target);
+
+  // A row of `count` fp8 elements, rounded to target_dtype; the same from every table, but for the bits of a
+  // NaN. The first scale is that of block - begin elements, 0 <= begin < block, each further one that of
+  // block elements, the last of what is left.
+  void (*widen_fp8_row)(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
+                        int64_t begin, DType target_dtype, void* target);
+
+  // As weight_dots, of rows of MXFP4 whose values and scales are values_stride and scales_stride bytes apart,
+  // x: [x_count][block_count * kMxBlock] fp32, 64-byte aligned, of each block the even elements first.
+  void (*mxfp4_dots)(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                     const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                     float* out, int64_t out_stride);
 };
 
 extern const Kernels kSerialKernels;

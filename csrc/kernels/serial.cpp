@@ -284,6 +284,9 @@ const Kernels kSerialKernels = {
     plain::quantise_weight_row,
     plain::dequantise_weight_row,
     plain::weight_dots,
+    plain::widen_mxfp4_row,
+    plain::widen_fp8_row,
+    plain::mxfp4_dots,
 };
 
 }  // namespace csd

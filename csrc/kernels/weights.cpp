@@ -39,6 +39,31 @@ void dequantise_group(int code_bits, const uint8_t* row, int64_t in_features, in
   }
 }
 
+float e2m1(int code) {
+  constexpr float kMagnitudes[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  return std::copysign(kMagnitudes[code & 7], (code & 8) != 0 ? -1.0f : 1.0f);
+}
+
+float e8m0(int code) {
+  return code == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, code - 127);
+}
+
+float widen_fp8(Fp8 format, int code) {
+  const bool two_bits = format == Fp8::kE5M2;
+  const int bias = two_bits ? 15 : format == Fp8::kE4M3Fn ? 7 : 8;
+  const int mantissa_bits = two_bits ? 2 : 3;
+  const int magnitude = code & 0x7f;
+  const int exponent = magnitude >> mantissa_bits;
+  const int mantissa = magnitude & ((1 << mantissa_bits) - 1);
+  float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), 1 - bias - mantissa_bits)
+                              : std::ldexp(static_cast<float>(mantissa + (1 << mantissa_bits)),
+                                           exponent - bias - mantissa_bits);
+  if (two_bits && exponent == 31) value = std::numeric_limits<float>::infinity();
+  const bool nan = two_bits ? magnitude > 0x7c : format == Fp8::kE4M3Fn ? magnitude == 0x7f : code == 0x80;
+  if (nan) value = std::numeric_limits<float>::quiet_NaN();
+  return code >= 128 ? -value : value;
+}
+
 }  // namespace
 
 namespace plain {
@@ -100,6 +125,52 @@ void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* 
         float group_sum = 0.0f;
         for (int64_t i = 0; i < kWeightGroup; ++i) group_sum += x_group[i] * values[i];
         sum[m] += group_sum;
+      }
+    }
+    for (int64_t m = 0; m < x_count; ++m) out[m * out_stride + n] = sum[m];
+  }
+}
+
+void widen_mxfp4_row(const uint8_t* values, const uint8_t* scales, int64_t block_count, DType target_dtype,
+                     void* target) {
+  const int64_t target_bytes = kMxBlock * element_bytes(target_dtype);
+  for (int64_t g = 0; g < block_count; ++g) {
+    const float scale = e8m0(scales[g]);
+    float block[kMxBlock];
+    for (int64_t i = 0; i < kMxBlock; ++i) {
+      block[i] = e2m1(values[(g * kMxBlock + i) / 2] >> (4 * (i % 2)) & 15) * scale;
+    }
+    kSerialKernels.store(target_dtype, block, 1.0f, kMxBlock, static_cast<char*>(target) + g * target_bytes);
+  }
+}
+
+void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
+                   int64_t begin, DType target_dtype, void* target) {
+  float table[256];
+  for (int code = 0; code < 256; ++code) table[code] = widen_fp8(format, code);
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = table[values[i]] * scales[(begin + i) / block];
+    kSerialKernels.store(target_dtype, &value, 1.0f, 1,
+                         static_cast<char*>(target) + i * element_bytes(target_dtype));
+  }
+}
+
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride) {
+  const int64_t x_stride = block_count * kMxBlock;
+  for (int64_t n = 0; n < row_count; ++n) {
+    float sum[kWeightDotsMax] = {};
+    for (int64_t g = 0; g < block_count; ++g) {
+      float block[kMxBlock];
+      widen_mxfp4_row(values + n * values_stride + g * (kMxBlock / 2), scales + n * scales_stride + g, 1,
+                      DType::kFloat32, block);
+      for (int64_t m = 0; m < x_count; ++m) {
+        const float* x_block = x + m * x_stride + g * kMxBlock;
+        float block_sum = 0.0f;
+        for (int64_t i = 0; i < kMxBlock; ++i)
+          block_sum += x_block[i / 2 + kMxBlock / 2 * (i % 2)] * block[i];
+        sum[m] += block_sum;
       }
     }
     for (int64_t m = 0; m < x_count; ++m) out[m * out_stride + n] = sum[m];

@@ -1,4 +1,5 @@
-// Quantised rows: how the weight of a linear layer lies in bytes. This text is normative.
+// Quantised rows: how the weight of a linear layer lies in bytes. This text is normative. What checkpoints
+// bring of their own, MXFP4 and fp8 with scales, is below.
 //
 // A weight is [out_features][in_features]; each of its rows (one output feature) is quantised by itself, so
 // that any range of rows is one range of bytes on the drive. Groups are kWeightGroup input features, each
@@ -30,6 +31,26 @@ constexpr int64_t kWeightRowMultiple = 64;
 // Rows of x that weight_dots takes at once: sums of more would not fit the registers of any instruction set.
 constexpr int64_t kWeightDotsMax = 6;
 
+// ---- weights as checkpoints store them ----
+//
+// MXFP4 (OCP Microscaling formats 1.0, sections 5.3.3 and 5.4.1): blocks of kMxBlock elements, each with a
+// scale.
+//   values   byte j has element 2 * j in bits 0..3 and 2 * j + 1 in bits 4..7: sign, two bits of exponent,
+//   one of
+//            mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6, then the same negative
+//   scales   a byte each: 2 to the power of it less 127; 255 makes all of its block NaN
+// value = element * scale: exact in fp32, but for what is too large and becomes infinite.
+//
+// fp8: value = element * scale, in fp32, then rounded to the target. Elements lie one after another and share
+// a float32 scale with `block` columns of their row. What bits a NaN has is not said.
+constexpr int64_t kMxBlock = 32;
+
+enum class Fp8 : uint8_t {
+  kE4M3Fn,    // bias 7; no infinity; NaN: 0x7f and 0xff
+  kE5M2,      // bias 15; the upper half of a float16
+  kE4M3Fnuz,  // bias 8; no infinity, no -0; NaN: 0x80
+};
+
 constexpr int64_t weight_group_count(int64_t in_features) {
   return (in_features + kWeightGroup - 1) / kWeightGroup;
 }
@@ -55,6 +76,13 @@ void dequantise_weight_row(int code_bits, const uint8_t* row, int64_t in_feature
                            void* target);
 void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* rows, int64_t row_count,
                  int64_t in_features, float* out, int64_t out_stride);
+void widen_mxfp4_row(const uint8_t* values, const uint8_t* scales, int64_t block_count, DType target_dtype,
+                     void* target);
+void widen_fp8_row(Fp8 format, const uint8_t* values, int64_t count, const float* scales, int64_t block,
+                   int64_t begin, DType target_dtype, void* target);
+void mxfp4_dots(const float* x, int64_t x_count, const uint8_t* values, int64_t values_stride,
+                const uint8_t* scales, int64_t scales_stride, int64_t row_count, int64_t block_count,
+                float* out, int64_t out_stride);
 
 }  // namespace plain
 }  // namespace csd

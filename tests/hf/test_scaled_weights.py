@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,49 @@ def test_views_take_their_scales_along(scaled, view):
     assert torch.equal(view(stored).to_dense(), view(expected))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 16, 1000])
+def test_large_weights_are_widened_in_blocks_of_rows(scaled, monkeypatch, rows):
+    from torch_csd.weights import functions
+
+    stored, expected = scaled
+    monkeypatch.setattr(functions, "_WHOLE_BYTES_MAX", 0)
+    bias = torch.randn(70)
+    for view in (
+        lambda each: each[1],
+        lambda each: each[0, 5:47, 19:41],
+        lambda each: each[2].t()[5:, 11:70],
+        lambda each: torch.cat([each[0, 3:9], each[2, 60:]]),
+        lambda each: each[1, 33:33],
+        lambda each: each[1].to(torch.bfloat16),
+    ):
+        weight, dense = view(stored), view(expected)
+        monkeypatch.setattr(functions, "_BLOCK_BYTES", rows * 4 * dense.shape[1])
+        # Each product has one term that is not zero: nothing rounds.
+        x, part = torch.eye(dense.shape[1], dtype=dense.dtype), bias[: dense.shape[0]].to(dense.dtype)
+        assert torch.equal(torch.nn.functional.linear(x, weight), dense.t())
+        assert torch.equal(
+            torch.nn.functional.linear(x[None, :, None], weight, part), (dense.t() + part)[None, :, None]
+        )
+
+
+def test_memory_to_widen_into_outlives_inference_mode_and_is_each_threads_own(scaled):
+    stored, expected = scaled
+    x = torch.eye(50)
+
+    def products(contexts) -> list[Tensor]:
+        outs = []
+        for context in contexts:
+            with context():
+                outs += [torch.nn.functional.linear(x, stored[0]), torch.nn.functional.linear(x, stored[2, 7:])]
+        return outs
+
+    with ThreadPoolExecutor(2) as threads:  # new ones, without memory yet
+        results = threads.map(products, [[torch.inference_mode, torch.no_grad]] * 20)
+        for outs in results:
+            for out, weight in zip(outs, [expected[0], expected[2, 7:]] * 2, strict=True):
+                assert torch.equal(out, weight.t())
+
+
 def test_steps_and_elements_are_refused(scaled):
     for view in (lambda each: each[0, ::2], lambda each: each[0, 3], lambda each: each.view(-1)):
         with pytest.raises(NotImplementedError, match="to_dense"):
@@ -253,7 +297,9 @@ def test_mxfp4_experts_are_computed_with_as_they_are_stored(tmp_path, weight_dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_mxfp4_elements_are_those_of_the_specification(tmp_path, dtype):
+def test_mxfp4_elements_are_those_of_the_specification(tmp_path, monkeypatch, dtype):
+    from torch_csd import ops
+    from torch_csd.weights import functions
     from torch_csd.weights.layout import Packed
 
     file = tmp_path / "weights.safetensors"
@@ -272,4 +318,14 @@ def test_mxfp4_elements_are_those_of_the_specification(tmp_path, dtype):
     assert torch.equal(stored.to_dense(), expected)
     assert torch.equal(stored[1, 1:3].to_dense(), expected[1, 1:3])
     assert torch.equal(stored.mT[0][:, 2:].to_dense(), expected.mT[0][:, 2:])
+    for name, size in (("_WHOLE_BYTES_MAX", 0), ("_BLOCK_BYTES", 3 * 128 * dtype.itemsize)):
+        monkeypatch.setattr(functions, name, size)
+    x = torch.eye(128, dtype=dtype)  # each product has one term that is not zero
+    assert torch.equal(torch.nn.functional.linear(x, stored[1]), expected[1].t())
+    monkeypatch.setattr(functions, "_MXFP4_ELEMENTS_MIN", 0)
+    few, bias = x[None, 3:15], torch.tensor([1.0, -2.0], dtype=dtype)
+    with monkeypatch.context() as patches:
+        patches.setattr(ops, "widen_mxfp4", None)  # it is not called
+        out = torch.nn.functional.linear(few, stored[1, 1:3], bias)
+    assert torch.equal(out, (expected[1, 1:3].t()[3:15].float() + bias.float()).to(dtype)[None])
     assert torch.equal(stored[0].to_dense().signbit(), expected[0].signbit())

@@ -155,6 +155,78 @@ void test(const Kernels& kernels, const Case& test, std::mt19937* random) {
   }
 }
 
+// Rows of what checkpoints store: values and scales end where memory ends, and so does the target.
+void test_widening(const Kernels& kernels, DType dtype, int64_t count, std::mt19937* random) {
+  const std::string what = std::string(dtype_name(dtype)) + ", " + std::to_string(count) + " elements: ";
+  const auto fill = [&](const Buffer& buffer, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; ++i) buffer.data()[i] = static_cast<uint8_t>((*random)());
+  };
+  const int64_t blocks = count / kMxBlock;
+  Buffer values(count), packed(count / kMxBlock * (kMxBlock / 2)), scales(blocks);
+  fill(values, count);
+  fill(packed, blocks * (kMxBlock / 2));
+  fill(scales, blocks);
+  Buffer target(blocks * kMxBlock * element_bytes(dtype)), expected(blocks * kMxBlock * element_bytes(dtype));
+  kernels.widen_mxfp4_row(packed.data(), scales.data(), blocks, dtype, target.data());
+  kSerialKernels.widen_mxfp4_row(packed.data(), scales.data(), blocks, dtype, expected.data());
+  if (!target.intact() || !(target == expected))
+    fail(kernels.name, what + "MXFP4 differs, or more was written");
+
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < blocks; ++i) scales.data()[i] = static_cast<uint8_t>(120 + scales.data()[i] % 16);
+  kSerialKernels.widen_mxfp4_row(packed.data(), scales.data(), blocks, dtype, expected.data());
+  const int64_t row_blocks = blocks % 5 == 0 ? blocks / 5 : blocks;  // five rows, or one
+  const int64_t row_count = blocks == 0 ? 0 : blocks / row_blocks;
+  for (int64_t x_count = 1; dtype == DType::kFloat32 && row_count > 0 && x_count <= kWeightDotsMax;
+       ++x_count) {
+    const int64_t width = row_blocks * kMxBlock;
+    Buffer x(x_count * width * 4), out(x_count * row_count * 4);
+    for (int64_t i = 0; i < x_count * width; ++i) x.as<float>()[i] = normal(*random);
+    kernels.mxfp4_dots(x.as<float>(), x_count, packed.data(), width / 2, scales.data(), row_blocks, row_count,
+                       row_blocks, out.as<float>(), row_count);
+    for (int64_t m = 0; m < x_count; ++m) {
+      for (int64_t n = 0; n < row_count; ++n) {
+        double sum = 0.0, magnitude = 0.0;
+        for (int64_t i = 0; i < width; ++i) {
+          const int64_t place = i / kMxBlock * kMxBlock + i % kMxBlock / 2 + kMxBlock / 2 * (i % 2);
+          const double product =
+              double{x.as<float>()[m * width + place]} * expected.as<float>()[n * width + i];
+          sum += product;
+          magnitude += std::fabs(product);
+        }
+        if (!out.intact() ||
+            !(std::fabs(out.as<float>()[m * row_count + n] - sum) <= kTolerance * magnitude)) {
+          fail(kernels.name, what + "a product with MXFP4 is off, or more was written");
+        }
+      }
+    }
+  }
+
+  for (Fp8 format : {Fp8::kE4M3Fn, Fp8::kE5M2, Fp8::kE4M3Fnuz}) {
+    for (int64_t i = 0; i < count; ++i) {  // no NaN: its bits are not said
+      uint8_t& value = values.data()[i];
+      if (format == Fp8::kE4M3Fn ? (value & 0x7f) == 0x7f
+          : format == Fp8::kE5M2 ? (value & 0x7f) > 0x7c
+                                 : value == 0x80) {
+        value = 0;
+      }
+    }
+    for (int64_t block : {1, 5, 32, 48, 128}) {
+      const int64_t begin = static_cast<int64_t>((*random)() % static_cast<uint64_t>(block));
+      const int64_t scale_count = (begin + count + block - 1) / block;
+      Buffer grid(4 * scale_count), wide(count * element_bytes(dtype)), wanted(count * element_bytes(dtype));
+      for (int64_t i = 0; i < scale_count; ++i) grid.as<float>()[i] = std::exp(9 * normal(*random));
+      kernels.widen_fp8_row(format, values.data(), count, grid.as<float>(), block, begin, dtype, wide.data());
+      kSerialKernels.widen_fp8_row(format, values.data(), count, grid.as<float>(), block, begin, dtype,
+                                   wanted.data());
+      if (!wide.intact() || !(wide == wanted)) {
+        fail(kernels.name,
+             what + "fp8 in blocks of " + std::to_string(block) + " differs, or more was written");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -173,6 +245,10 @@ int main() {
           }
         }
       }
+    }
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (int64_t count = 0; count < 200; ++count) test_widening(kernels, dtype, count, &random);
+      test_widening(kernels, dtype, 4096, &random);
     }
     std::printf("%s: ok\n", kernels.name);
   }

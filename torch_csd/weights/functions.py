@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_csd.weights.layout import Codes, Join, Layout, as_read, aten, byte_count
+from torch_csd import ops
+from torch_csd.weights.layout import Codes, Join, Layout, Packed, Scaled, as_read, aten, byte_count
 from torch_csd.weights.quantised import dense, quantised_linear
 from torch_csd.weights.tensor import FileTensor
+from torch_csd.weights.widening import scratch
 
 # Norms, biases and the like: they meet every kind of op, and are a thousandth of a model.
 SMALL_BYTES = 2**20
@@ -160,18 +162,79 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     stream = weight._stream
     dim, pieces = stream.pieces(weight._layout)
     if len(pieces) == 1:
-        with stream.use(pieces[0], routed=weight._routed) as dense:
-            return functional.linear(input, weight.converted(dense), bias)
+        return _linear_of_piece(input, weight, pieces[0], bias)
     if dim == 0 and weight.dim() > 1:
         outs, begin = [], 0
         for piece in pieces:
             end = begin + piece.shape[0]
-            part = None if bias is None else bias[begin:end]
-            with stream.use(piece, routed=weight._routed) as dense:
-                outs.append(functional.linear(input, weight.converted(dense), part))
+            outs.append(_linear_of_piece(input, weight, piece, None if bias is None else bias[begin:end]))
             begin = end
         return torch.cat(outs, dim=-1)
     return _sum_over_pieces(input, weight, pieces, bias)
+
+
+# Of a widened weight: it is still in the cache when the GEMM reads it, and in the same memory each time. Milliseconds
+# of two threads for so many rows of x: as a whole in fresh memory, in blocks of 8 MiB in fresh memory, and as here (AMD
+# EPYC, Zen 5 with AVX-512, 2 cores, busy, 2026-11-26, torch 2.13). Most of the difference are page faults. 4 and 16 MiB
+# are within a third of 8; 1 and 2 MiB take up to twice as long in bfloat16.
+#
+#   rows of x                           1                  16                  64
+#   fp8 [2048, 7168]    float32    28   29   1.7      70   41   8.1      78   53    22
+#   fp8 [7168, 2048]    bfloat16  8.0  3.0   2.7     7.3   15   3.5     9.7   14   6.4
+#   MXFP4 [5760, 2880]  float32    23   17   1.7      33   14    11      46   38    36
+#
+# Of these shapes, and of their transposes, torch's bfloat16 products of blocks are those of the whole, to the bit; of
+# float32 some are added up in another order, so what is not large stays whole.
+_BLOCK_BYTES = 8 * 2**20
+_WHOLE_BYTES_MAX = 16 * 2**20
+
+
+# Rows of x up to which our kernel on MXFP4 as it is stored is faster. Milliseconds, ours and widening in blocks with
+# torch's GEMM, of two threads for [5760, 2880] (as above); in float32 and float16 as for int4 (quantised.py).
+#
+#   rows of x       1             4             8            16            32            64
+#   bfloat16   0.4   1.7     0.8   1.7     1.6   2.0     2.7   2.5     5.3   3.9    10.6  11.9
+#   float16    0.4   2.2     0.9    12     1.6    20     2.6    28
+_MXFP4_X_ROWS_MAX = {torch.float32: 1024, torch.bfloat16: 12, torch.float16: 1024}
+
+# What is smaller takes little time in any way; by torch's GEMM it is to the bit what the widened weight gives.
+_MXFP4_ELEMENTS_MIN = 2**20
+
+
+def _is_for_mxfp4(input: Tensor, weight: FileTensor, piece: Packed) -> bool:
+    rows = input.numel() // max(input.shape[-1], 1)
+    return (
+        rows <= _MXFP4_X_ROWS_MAX.get(input.dtype, -1)
+        and piece.shape.numel() >= _MXFP4_ELEMENTS_MIN
+        and input.shape[-1] == piece.shape[-1]
+        and input.dtype == piece.dtype == weight.dtype
+        and input.is_cpu
+        and weight.device.type == "cpu"
+    )
+
+
+def _linear_of_piece(input: Tensor, weight: FileTensor, piece: Layout, bias: Tensor | None) -> Tensor:
+    """The same for what fits into staging."""
+    by_rows = isinstance(piece, Scaled) or (isinstance(piece, Packed) and not piece.transposed)
+    if not by_rows or len(piece.shape) != 2:
+        with weight._stream.use(piece, routed=weight._routed) as dense:
+            return functional.linear(input, weight.converted(dense), bias)
+    with weight._stream.use_leaves(piece, routed=weight._routed) as leaves:
+        values, scales = piece.stored(leaves)
+        if isinstance(piece, Packed) and _is_for_mxfp4(input, weight, piece):
+            return ops.mxfp4_linear(input, values, scales, bias=bias)
+        row_bytes = piece.shape[1] * piece.dtype.itemsize
+        if values.stride(1) != 1:  # columns of what is stored are no rows
+            return functional.linear(input, weight.converted(piece.rows(values, scales, 0, piece.shape[0], None)), bias)
+        whole = row_bytes * piece.shape[0] <= _WHOLE_BYTES_MAX
+        step = max(1, piece.shape[0] if whole else _BLOCK_BYTES // row_bytes)
+        outs = []
+        for begin in range(0, max(piece.shape[0], 1), step):
+            end = min(begin + step, piece.shape[0])
+            memory = scratch((end - begin, piece.shape[1]), piece.dtype)
+            block = weight.converted(piece.rows(values, scales, begin, end, memory))
+            outs.append(functional.linear(input, block, None if bias is None else bias[begin:end]))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
 def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> Tensor:

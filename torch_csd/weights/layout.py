@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from torch_csd.catalogue import BLOCK_BYTES
+from torch_csd.weights.widening import widen_fp8, widen_mxfp4
 
 aten = torch.ops.aten
 
@@ -261,14 +262,20 @@ class Scaled:
     def leaves(self) -> tuple[Region, ...]:
         return self.values.leaves + self.scales.leaves
 
+    def stored(self, leaves: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Values and scales."""
+        return self.values.assemble(leaves), self.scales.assemble(leaves)
+
     def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
-        values = self.values.assemble(leaves).float()
-        scales = self.scales.assemble(leaves)
-        # E8M0 in bytes: exponents (OCP MX specification 1.0, section 5.4.1).
-        scales = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
-        for dim, (block, begin) in zip((-2, -1), zip(self.block, self.begin, strict=True), strict=True):
-            scales = scales.repeat_interleave(block, dim).narrow(dim, begin, values.shape[dim])
-        return values.mul_(scales).to(self.dtype)
+        return widen_fp8(*self.stored(leaves), block=self.block, begin=self.begin, dtype=self.dtype)
+
+    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int, out: Tensor | None) -> Tensor:
+        """Output features [begin, end) of what is [out, in], from all values and scales; perhaps in ``out``."""
+        side, first = self.block[0], self.begin[0] + begin
+        scales = scales[first // side : -(-(self.begin[0] + end) // side)]
+        return widen_fp8(
+            values[begin:end], scales, block=self.block, begin=(first % side, self.begin[1]), dtype=self.dtype, out=out
+        )
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
         handler = _SCALED_VIEWS.get(func)
@@ -300,37 +307,21 @@ class Packed:
     def leaves(self) -> tuple[Region, ...]:
         return self.values.leaves + self.scales.leaves
 
+    def stored(self, leaves: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Values and scales."""
+        return self.values.assemble(leaves), self.scales.assemble(leaves)
+
     def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
-        values, scales = self.values.assemble(leaves), self.scales.assemble(leaves)
-        # Scaled by powers of two, which is exact: in float32, whose exponents reach further than 16 bits'.
-        weight = _unpack(values.contiguous(), torch.float32 if self.dtype == torch.float16 else self.dtype)
-        blocks = weight.view(*scales.shape, 32).mul_((scales.float() - 127).exp2().to(weight.dtype).unsqueeze(-1))
-        weight = blocks.flatten(-2).to(self.dtype)
+        weight = widen_mxfp4(*self.stored(leaves), dtype=self.dtype)
         return weight.mT if self.transposed else weight
+
+    def rows(self, values: Tensor, scales: Tensor, begin: int, end: int, out: Tensor | None) -> Tensor:
+        """The same, of what is not transposed."""
+        return widen_mxfp4(values[begin:end], scales[begin:end], dtype=self.dtype, out=out)
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
         handler = _ROWS_VIEWS.get(func)
         return None if handler is None else handler(self, *args, **kwargs)
-
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
-
-@cache
-def _e2m1_table(dtype: torch.dtype) -> Tensor:
-    """int64: for each byte two elements of float32, or for each two bytes four of a 16-bit dtype, as bits."""
-    byte = torch.arange(256)
-    pairs = torch.tensor(_E2M1, dtype=dtype)[torch.stack([byte % 16, byte // 16], dim=1)]
-    if dtype.itemsize == 4:
-        return pairs.view(torch.int64).flatten()
-    both = torch.arange(65536)
-    return torch.cat([pairs[both % 256], pairs[both // 256]], dim=1).view(torch.int64).flatten()
-
-
-def _unpack(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [..., bytes] -> [..., 2 * bytes] of dtype: one look-up for 8 bytes of the result."""
-    index = values if dtype.itemsize == 4 else values.view(torch.uint16)
-    return _e2m1_table(dtype)[index.to(torch.int32)].view(dtype)
 
 
 Layout = Region | Join | Codes | Scaled | Packed

@@ -80,15 +80,16 @@ class Unit:
             places.append(places[-1] + covering_bytes(each.offset, each.byte_count))
         return Unit(layout, ranges, tuple(places[:-1]), places[-1])
 
+    def leaves(self) -> Iterator[Tensor]:
+        """The elements of each of the layout's leaves, out of its memory."""
+        for leaf, each, place in zip(self.layout.leaves, self.ranges, self.places, strict=True):
+            yield leaf.elements(self.memory[place + each.offset % BLOCK_BYTES :][: each.byte_count])
+
     def elements(self) -> Tensor:
-        """The layout's, out of its memory."""
+        """The layout's."""
         if self.view is not None:
             return self.view
-        leaves = (
-            leaf.elements(self.memory[place + each.offset % BLOCK_BYTES :][: each.byte_count])
-            for leaf, each, place in zip(self.layout.leaves, self.ranges, self.places, strict=True)
-        )
-        elements = self.layout.assemble(leaves)
+        elements = self.layout.assemble(self.leaves())
         if self.kept and elements.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr():
             self.view = elements
         return elements
@@ -261,12 +262,18 @@ class Stream:
         Raises:
             StoreError: reading failed, or the file was changed.
         """
+        with self.use_leaves(layout, routed=routed) as leaves:
+            yield layout.assemble(leaves)
+
+    @contextmanager
+    def use_leaves(self, layout: Layout, *, routed: bool = False) -> Iterator[Iterator[Tensor]]:
+        """The same, as it is stored: the elements of each of the layout's leaves."""
         unit = self._begin(layout, routed)
         try:
             if not unit.loaded:
                 with _baton_passed():
                     self._load(unit)
-            yield unit.elements()
+            yield unit.leaves()
         finally:
             self._end(unit)
 
