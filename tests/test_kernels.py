@@ -1,4 +1,4 @@
-"""Builds and runs tests/native/test_codes.cpp: the kernels of quantised tiles, every instruction set against serial."""
+"""Builds and runs what tests the kernels of quantised tiles and weights: every instruction set against serial."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
-def test_quantised_tiles_mean_the_same_to_every_instruction_set(tmp_path):
-    program = tmp_path / "test_codes"
+@pytest.mark.parametrize("name", ["test_codes", "test_weights"])
+def test_what_is_quantised_means_the_same_to_every_instruction_set(tmp_path, name):
+    program = tmp_path / name
     sources = [
-        "tests/native/test_codes.cpp",
+        f"tests/native/{name}.cpp",
         "csrc/base/error.cpp",
         *sorted(glob.glob("csrc/kernels/*.cpp", root_dir=ROOT)),
     ]

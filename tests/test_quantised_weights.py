@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -201,23 +199,30 @@ def test_threads_do_not_change_a_bit(simd, bits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_many_rows_of_x_go_through_torch(simd, bits, dtype):
-    most = quantised.X_ROWS_MAX[dtype]
-    in_features, out_features = 700, 2 * quantised.BLOCK_BYTES // (700 * dtype.itemsize) + 3
-    rows = ops.quantise_rows(random_weight(out_features, in_features, dtype, 0), bits)
-    bias = torch.randn(out_features).to(dtype)
-    weight = reference.dequantise_rows(rows, bits=bits, in_features=in_features)
-    for count in (most, most + 1):
-        x = torch.randn(count, in_features).to(dtype)
-        out = quantised.quantised_linear(x[None], rows, bits=bits, in_features=in_features, bias=bias, simd=simd)[0]
-        expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-        # Beyond, the weight rounds to x's dtype: independently, so that the sum is off by sqrt(700) of |x w|'s ulp.
-        atol = 2e-4 if dtype == torch.float32 else 6 * ULP[dtype] * math.sqrt(in_features) * 3
-        assert (out.double() - expected).abs().max() <= atol if count > most else True
-        if count <= most:
-            assert_linear_equal(out, x, rows, bits, bias)
-    with pytest.raises(ValueError, match="x must have 700 features, as the weight, got 64"):
-        quantised.quantised_linear(torch.randn(2, 64), rows, bits=bits, in_features=in_features)
+def test_many_rows_of_x_go_through_torch(simd, bits, dtype, monkeypatch):
+    monkeypatch.setitem(quantised.X_ROWS_MAX, dtype, 6)
+    monkeypatch.setattr(quantised, "BLOCK_BYTES", 40 * 700 * dtype.itemsize)
+    rows = ops.quantise_rows(random_weight(123, 700, dtype, 0), bits)
+    bias = random_weight(1, 123, dtype, 1)[0]
+    few, many = random_weight(6, 700, dtype, 2), random_weight(7, 700, dtype, 3)
+    for shape in ((6, 700), (2, 3, 700)):
+        out = quantised.quantised_linear(few.view(shape), rows, bits=bits, in_features=700, bias=bias, simd=simd)
+        assert_linear_equal(out, few.view(shape), rows, bits, bias)
+    # Here the weight is rounded to x's dtype first; torch's own sum may be rounded to it once before the bias is added.
+    weight = reference.dequantise_rows(rows, bits=bits, in_features=700).to(dtype).double()
+    for this_bias in (bias, None):
+        out = quantised.quantised_linear(many[None], rows, bits=bits, in_features=700, bias=this_bias, simd=simd)[0]
+        products = torch.nn.functional.linear(many.double(), weight)
+        expected = products if this_bias is None else products + this_bias.double()
+        magnitude = torch.nn.functional.linear(many.double().abs(), weight.abs())
+        atol = SUM_RTOL * magnitude + ULP[dtype] * (products.abs() + expected.abs())
+        assert out.dtype == dtype and ((out.double() - expected).abs() <= atol).all()
+
+
+def test_a_weight_of_other_features_is_refused(bits):
+    rows = ops.quantise_rows(torch.randn(5, 100), bits)
+    with pytest.raises(ValueError, match="x must have 100 features, as the weight, got 64"):
+        quantised.quantised_linear(torch.randn(2, 64), rows, bits=bits, in_features=100)
 
 
 def test_what_does_not_fit_is_said(bits):

@@ -61,7 +61,7 @@ void quantised_linear(const LinearContext& context, const QuantisedLinear& linea
                            1.0f, end - begin, bias);
     }
     for (int64_t m = 0, count; m < linear.x_count; m += count) {
-      // Blocks are even: 9 rows of x go 5 + 4 and not 8 + 1.
+      // Blocks are even: 8 rows of x go 4 + 4 and not 6 + 2.
       const int64_t left = linear.x_count - m;
       const int64_t blocks = (left + kWeightDotsMax - 1) / kWeightDotsMax;
       count = (left + blocks - 1) / blocks;

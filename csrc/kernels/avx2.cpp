@@ -1114,7 +1114,7 @@ void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, 
 
 // ---- quantised rows of weights ----
 
-// How far ahead of its use a row is fetched, as in avx512.cpp.
+// How far ahead of its use a row is fetched: int8 reads 22 GB/s with 8 KiB, 20 with 4 or 32.
 constexpr int64_t kWeightPrefetchBytes = 8 * 1024;
 
 // Groups whose parameters are chosen or widened at a time.

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #include "kernels/kernels.h"
 #include "kernels/pack.h"
@@ -1096,8 +1095,9 @@ void dequantise_v(int code_bits, const void* v_codes, const uint16_t* v_params, 
 
 // ---- quantised rows of weights ----
 
-// How far ahead of its use a row is fetched.
-constexpr int64_t kWeightPrefetchBytes = 8 * 1024;
+// How far behind the rows in use the next ones are fetched. With 3072 features from memory int8 reads 41 GB/s
+// with 16 KiB on a Zen 5 core, 36 with 8 or 24, 34 with 0; without any 13.
+constexpr int64_t kWeightPrefetchBytes = 16 * 1024;
 
 // Groups whose parameters are widened at a time: a register of them.
 constexpr int64_t kWeightBatch = 8;
@@ -1108,44 +1108,40 @@ inline void load_weight_params(const uint8_t* pairs, int64_t count, float* param
   _mm512_store_ps(params, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, pairs)));
 }
 
-struct F32x64 {
-  __m512 part[4];
+// What one group's codes stand for, `part` by part: 16 features each, in order.
+template <int kBits>
+struct GroupValues;
+
+template <>
+struct GroupValues<8> {
+  __m512 scale;
+  __m512 zero;
+
+  GroupValues() = default;
+  explicit GroupValues(const float* params)
+      : scale(_mm512_set1_ps(params[0])), zero(_mm512_set1_ps(params[1])) {}
+  __m512 part(const uint8_t* codes, int j) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j));
+    return _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), zero);
+  }
 };
 
-inline F32x64 load_weights_of(std::integral_constant<int, 8>, const uint8_t* codes, __m512 scale,
-                              __m512 zero) {
-  F32x64 result;
-  CSD_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const __m512i code =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
-    result.part[j] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(code), zero);
-  }
-  return result;
-}
-
 // The sixteen values that there can be are computed, and chosen by code: an index's upper bits do not count.
-inline F32x64 load_weights_of(std::integral_constant<int, 4>, const uint8_t* codes, __m512 scale,
-                              __m512 zero) {
-  const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 values = _mm512_fmadd_ps(scale, code, zero);
-  F32x64 result;
-  CSD_UNROLL
-  for (int j = 0; j < 2; ++j) {
-    const __m512i pair =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
-    result.part[j] = _mm512_permutexvar_ps(pair, values);
-    result.part[j + 2] = _mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), values);
-  }
-  return result;
-}
+template <>
+struct GroupValues<4> {
+  __m512 values;
 
-// One group's values, in order.
-template <int kBits>
-inline F32x64 load_weights(const uint8_t* codes, const float* params) {
-  return load_weights_of(std::integral_constant<int, kBits>(), codes, _mm512_set1_ps(params[0]),
-                         _mm512_set1_ps(params[1]));
-}
+  GroupValues() = default;
+  explicit GroupValues(const float* params) {
+    const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    values = _mm512_fmadd_ps(_mm512_set1_ps(params[0]), code, _mm512_set1_ps(params[1]));
+  }
+  __m512 part(const uint8_t* codes, int j) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * (j % 2)));
+    const __m512i pair = _mm512_cvtepu8_epi32(bytes);
+    return _mm512_permutexvar_ps(j < 2 ? pair : _mm512_srli_epi32(pair, 4), values);
+  }
+};
 
 template <int kBits, typename D>
 void quantise_weight_all(const void* source, int64_t in_features, uint8_t* row) {
@@ -1235,11 +1231,13 @@ void dequantise_weight_all(const uint8_t* row, int64_t in_features, void* target
     alignas(64) float params[2 * kWeightBatch];
     load_weight_params(pairs + 4 * begin, end - begin, params);
     for (int64_t g = begin; g < end; ++g) {
-      const F32x64 weights =
-          load_weights<kBits>(row + g * weight_group_bytes(kBits), params + 2 * (g - begin));
+      const GroupValues<kBits> values(params + 2 * (g - begin));
+      const uint8_t* codes = row + g * weight_group_bytes(kBits);
       const int64_t first = g * kWeightGroup;
-      D::store(elements + first, mask_of(in_features - first), {weights.part[0], weights.part[1]});
-      D::store(elements + first + 32, mask_of(in_features - first - 32), {weights.part[2], weights.part[3]});
+      D::store(elements + first, mask_of(in_features - first),
+               {values.part(codes, 0), values.part(codes, 1)});
+      D::store(elements + first + 32, mask_of(in_features - first - 32),
+               {values.part(codes, 2), values.part(codes, 3)});
     }
   }
 }
@@ -1262,13 +1260,17 @@ void dequantise_weight_row(int code_bits, const uint8_t* row, int64_t in_feature
   of(row, in_features, target_dtype, target);
 }
 
-// kX rows of x by kRows adjacent rows of the weight. Each product has a chain of sums of its own, and as many
-// as keep two multiply-adds a cycle busy, which take four.
+// Rows of the weight that share a load of x: 4 take 1.2 to 1.4 of the products a second that 2 do, since x of
+// several rows does not fit L1.
+constexpr int kWeightRows = 4;
+
+// kX rows of x by kRows adjacent rows of the weight. Each pair has sums of its own, as many as it takes to
+// have eight in all: two multiply-adds begin every cycle, and each takes four.
 template <int kBits, int kX, int kRows>
 void weight_dots_block(const float* x, const uint8_t* rows, int64_t row_bytes, int64_t group_count,
-                       int64_t ahead_bytes, float* out, int64_t out_stride) {
+                       float* out, int64_t out_stride) {
   constexpr int64_t kGroupBytes = weight_group_bytes(kBits);
-  constexpr int kChains = kX * kRows >= 6 ? 1 : kX * kRows >= 3 ? 2 : 4;
+  constexpr int kChains = kX * kRows >= 8 ? 1 : kX * kRows >= 4 ? 2 : 4;
   const int64_t x_stride = group_count * kWeightGroup;
   __m512 sum[kRows][kX][kChains];
   CSD_UNROLL
@@ -1280,6 +1282,9 @@ void weight_dots_block(const float* x, const uint8_t* rows, int64_t row_bytes, i
     }
   }
   const int64_t params_offset = group_count * kGroupBytes;
+  // What is fetched ahead goes up in memory without a gap, unlike what is read.
+  const auto* ahead = reinterpret_cast<const char*>(rows) + kRows * row_bytes + kWeightPrefetchBytes;
+  const int64_t ahead_step = kRows * row_bytes / group_count;
   for (int64_t begin = 0; begin < group_count; begin += kWeightBatch) {
     const int64_t end = begin + kWeightBatch < group_count ? begin + kWeightBatch : group_count;
     alignas(64) float params[kRows][2 * kWeightBatch];
@@ -1288,22 +1293,23 @@ void weight_dots_block(const float* x, const uint8_t* rows, int64_t row_bytes, i
       load_weight_params(rows + r * row_bytes + params_offset + 4 * begin, end - begin, params[r]);
     }
     for (int64_t g = begin; g < end; ++g) {
-      F32x64 weights[kRows];
+      const uint8_t* codes = rows + g * kGroupBytes;
+      GroupValues<kBits> values[kRows];
       CSD_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* codes = rows + r * row_bytes + g * kGroupBytes;
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead_bytes, _MM_HINT_T0);
-        weights[r] = load_weights<kBits>(codes, params[r] + 2 * (g - begin));
-      }
+      for (int r = 0; r < kRows; ++r) values[r] = GroupValues<kBits>(params[r] + 2 * (g - begin));
+      prefetch(ahead + g * ahead_step, kRows * (kGroupBytes + 4));
       CSD_UNROLL
-      for (int m = 0; m < kX; ++m) {
+      for (int j = 0; j < 4; ++j) {
+        __m512 weights[kRows];
         CSD_UNROLL
-        for (int j = 0; j < 4; ++j) {
+        for (int r = 0; r < kRows; ++r) weights[r] = values[r].part(codes + r * row_bytes, j);
+        CSD_UNROLL
+        for (int m = 0; m < kX; ++m) {
           const __m512 x_part = _mm512_load_ps(x + m * x_stride + g * kWeightGroup + 16 * j);
           CSD_UNROLL
           for (int r = 0; r < kRows; ++r) {
             __m512& chain = sum[r][m][j % kChains];
-            chain = _mm512_fmadd_ps(x_part, weights[r].part[j], chain);
+            chain = _mm512_fmadd_ps(x_part, weights[r], chain);
           }
         }
       }
@@ -1327,12 +1333,12 @@ void weight_dots_rows(const float* x, const uint8_t* rows, int64_t row_count, in
   const int64_t row_bytes = weight_row_bytes(kBits, in_features);
   const int64_t group_count = weight_group_count(in_features);
   int64_t n = 0;
-  for (; n + 2 <= row_count; n += 2) {
-    weight_dots_block<kBits, kX, 2>(x, rows + n * row_bytes, row_bytes, group_count, kWeightPrefetchBytes,
-                                    out + n, out_stride);
+  for (; n + kWeightRows <= row_count; n += kWeightRows) {
+    weight_dots_block<kBits, kX, kWeightRows>(x, rows + n * row_bytes, row_bytes, group_count, out + n,
+                                              out_stride);
   }
-  if (n < row_count) {
-    weight_dots_block<kBits, kX, 1>(x, rows + n * row_bytes, row_bytes, group_count, 0, out + n, out_stride);
+  for (; n < row_count; ++n) {
+    weight_dots_block<kBits, kX, 1>(x, rows + n * row_bytes, row_bytes, group_count, out + n, out_stride);
   }
 }
 
@@ -1341,9 +1347,9 @@ void weight_dots(int code_bits, const float* x, int64_t x_count, const uint8_t* 
   using Rows = void (*)(const float*, const uint8_t*, int64_t, int64_t, float*, int64_t);
   static constexpr Rows kRows[2][kWeightDotsMax] = {
       {weight_dots_rows<4, 1>, weight_dots_rows<4, 2>, weight_dots_rows<4, 3>, weight_dots_rows<4, 4>,
-       weight_dots_rows<4, 5>, weight_dots_rows<4, 6>, weight_dots_rows<4, 7>, weight_dots_rows<4, 8>},
+       weight_dots_rows<4, 5>, weight_dots_rows<4, 6>},
       {weight_dots_rows<8, 1>, weight_dots_rows<8, 2>, weight_dots_rows<8, 3>, weight_dots_rows<8, 4>,
-       weight_dots_rows<8, 5>, weight_dots_rows<8, 6>, weight_dots_rows<8, 7>, weight_dots_rows<8, 8>}};
+       weight_dots_rows<8, 5>, weight_dots_rows<8, 6>}};
   kRows[code_bits == 8][x_count - 1](x, rows, row_count, in_features, out, out_stride);
 }
 

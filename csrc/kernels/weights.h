@@ -27,8 +27,8 @@ namespace csd {
 constexpr int64_t kWeightGroup = 64;
 constexpr int64_t kWeightRowMultiple = 64;
 
-// Rows of x that weight_dots takes at once: more would not fit the registers of any instruction set.
-constexpr int64_t kWeightDotsMax = 8;
+// Rows of x that weight_dots takes at once: sums of more would not fit the registers of any instruction set.
+constexpr int64_t kWeightDotsMax = 6;
 
 constexpr int64_t weight_group_count(int64_t in_features) {
   return (in_features + kWeightGroup - 1) / kWeightGroup;

@@ -83,7 +83,14 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate for each row, at most.")
     ] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows generated together.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Rows generated together. Default: 1; with --weights-on-drive as many as make a token cheapest.",
+        ),
+    ] = None,
     memory_budget: Annotated[
         str,
         typer.Option(help="Memory that the KV cache may use; the rest goes to the drive.", metavar="SIZE"),
@@ -126,6 +133,25 @@ def generate(
         typer.Option(help="Type of the weights: auto (as saved), float32, bfloat16, float16.", metavar="DTYPE"),
     ] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")] = "cpu",
+    weights_on_drive: Annotated[
+        bool,
+        typer.Option(
+            "--weights-on-drive",
+            help="Read the weights from the checkpoint's safetensors files at each step: for models that no memory "
+            "holds. Large batches pay for that: without --batch-size one is chosen.",
+        ),
+    ] = False,
+    weight_budget: Annotated[
+        str,
+        typer.Option(help="With --weights-on-drive, memory for weights: read ahead, and kept.", metavar="SIZE"),
+    ] = "4GiB",
+    weight_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="With --weights-on-drive, compute with int8 or int4 copies (lossy), made once below --kv-dir.",
+            metavar="DTYPE",
+        ),
+    ] = None,
     attn_implementation: Annotated[
         str,
         typer.Option(
@@ -172,6 +198,9 @@ def generate(
             executor=executor,
             gpu_budget=gpu_budget,
             gpu_io=gpu_io,
+            weights_on_drive=weights_on_drive,
+            weight_budget=weight_budget,
+            weight_dtype=weight_dtype,
         )
         raise typer.Exit(run(settings, prompts_file=prompts, prompt_texts=prompt or [], output=output))
     except UserError as error:

@@ -9,9 +9,10 @@ import secrets
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_csd import KVStore, StorageCache, StoreError, fingerprint, swap_attention
+from torch_csd import KVStore, StorageCache, StoreError, fingerprint, load_checkpoint, swap_attention
 from torch_csd.cli.report import UserError, count, format_bytes, one_line, say, stderr_console
 from torch_csd.cli.rows import OutputRows, Prompt, read_prompts
+from torch_csd.config import parse_bytes, parse_kv_dtype
+from torch_csd.hf import batching
 from torch_csd.sparse import Sparse, parse_sparse
+from torch_csd.store import CODE_BITS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLANNED_PROMPTS = 256  # that are looked at to choose a batch
 COMMIT_INTERVAL_S = 30.0  # of a long prefill: what a kill costs at the most; a commit takes a fraction of a second
 MOVED_BYTES = ("drive_read_bytes", "resident_read_bytes", "drive_written_bytes")
 
@@ -35,7 +40,7 @@ class Settings:
     model: str
     kv_dir: Path | None = None
     max_new_tokens: int = 128
-    batch_size: int = 1
+    batch_size: int | None = None  # None: 1, or with weights_on_drive what pays
     memory_budget: str = "1GiB"
     kv_dtype: str | None = None
     sparse: str | None = None
@@ -51,11 +56,14 @@ class Settings:
     executor: str = "auto"
     gpu_budget: str = "0"
     gpu_io: str = "auto"
+    weights_on_drive: bool = False
+    weight_budget: str = "4GiB"
+    weight_dtype: str | None = None
 
-    def of_store(self) -> dict[str, object]:
-        """What every store of a run is opened with."""
+    def of_store(self, *, share: int = 1) -> dict[str, object]:
+        """What every store of a run is opened with; share: how many are open at once."""
         return {
-            "memory_budget": self.memory_budget,
+            "memory_budget": parse_bytes(self.memory_budget) // share,
             "executor": self.executor,
             "gpu_budget": self.gpu_budget,
             "gpu_io": self.gpu_io,
@@ -163,8 +171,10 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--model {settings.model}: no such directory")
     if settings.durable and settings.kv_dir is None:
         raise UserError("--durable needs --kv-dir DIR: what is kept must be found again")
-    if settings.durable and (settings.batch_size > 1 or settings.num_beams > 1):
+    if settings.durable and ((settings.batch_size or 1) > 1 or settings.num_beams > 1):
         raise UserError("--durable keeps one prompt at a time; it goes with --batch-size 1 and --num-beams 1 only")
+    if settings.weight_dtype is not None and not settings.weights_on_drive:
+        raise UserError("--weight-dtype goes with --weights-on-drive")
     kept = {"durable": True, "name": _unused_name()} if settings.durable else {}
     try:
         settings.choice()
@@ -183,10 +193,20 @@ def load(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     chosen = {} if settings.attn_implementation == "csd" else {"attn_implementation": settings.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        if settings.weights_on_drive:
+            return load_checkpoint(
+                settings.model,
+                memory_budget=settings.weight_budget,
+                device=settings.device,
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+                weight_dtype=settings.weight_dtype,
+                weight_directory=settings.kv_dir,
+            ), tokenizer
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, **chosen)
         if not chosen:
             swap_attention(model)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, StoreError, NotImplementedError) as error:
         raise UserError(f"cannot load the model {settings.model}: {one_line(error)}") from None
     return model.to(settings.device).eval(), tokenizer
 
@@ -200,6 +220,8 @@ class Job:
         self.tokenizer = tokenizer
         self.generation_config = self._generation_config()
         self.moved = Moved()
+        self.batch_size = settings.batch_size or 1
+        self.micro_batch_count = 1
         self.done_count = 0
         self.token_count = 0
         self.prompt_token_count = 0
@@ -240,9 +262,11 @@ class Job:
     def run(self, prompts: list[Prompt], rows: OutputRows) -> int:
         """Generates for every prompt and writes its row; returns how many failed."""
         failed_count = 0
+        if self.settings.weights_on_drive and self.keeper is None:
+            self._plan(prompts)
         with _ProgressBar(len(prompts)) as progress:
-            for begin in range(0, len(prompts), self.settings.batch_size):
-                batch = prompts[begin : begin + self.settings.batch_size]
+            for begin in range(0, len(prompts), self.batch_size):
+                batch = prompts[begin : begin + self.batch_size]
                 for row in self._batch_rows(batch, progress):
                     rows.write(row)
                     if "error" in row:
@@ -253,6 +277,35 @@ class Job:
                         self.token_count += row["tokens"]
                 progress.finish(len(batch), self.token_count)
         return failed_count
+
+    def _plan(self, prompts: list[Prompt]) -> None:
+        """Chooses how many rows share a reading of the weights, and says so."""
+        lengths = []
+        for prompt in prompts[:PLANNED_PROMPTS]:
+            with suppress(Exception):  # said when its turn comes
+                lengths.append(len(self._encode(prompt)))
+        if not lengths:
+            return
+        stored = parse_kv_dtype(self.settings.kv_dtype) or self.model.dtype
+        bits = CODE_BITS.get(stored) or 8 * stored.itemsize
+        config = self.model.config
+        plan = batching.choose_batch(
+            batching.measure(self.model),
+            batching.Workload(
+                prompt_tokens=lengths * -(-len(prompts) // len(lengths)),
+                new_tokens=self.settings.max_new_tokens,
+                kv_bytes_per_token=batching.kv_bytes_per_token(config, bits / 8) * self.settings.num_beams,
+                kv_budget_bytes=parse_bytes(self.settings.memory_budget),
+            ),
+            token_bytes=batching.activation_bytes_per_token(config, self.model.dtype.itemsize),
+            batch_size=self.settings.batch_size,
+            prefill_chunk_size=self.settings.prefill_chunk_size,
+            side_by_side=not self.settings.do_sample,
+        )
+        self.batch_size = plan.batch_size
+        self.micro_batch_count = plan.micro_batch_count
+        self.generation_config.prefill_chunk_size = plan.prefill_chunk_size
+        say(str(plan))
 
     def _batch_rows(self, prompts: list[Prompt], progress: _ProgressBar) -> Iterator[dict]:
         try:
@@ -290,16 +343,44 @@ class Job:
     def _generate(self, prompts: list[Prompt], encoded: list[torch.Tensor], progress: _ProgressBar) -> list[dict]:
         if self.keeper is not None:
             return [self._generate_kept(*prompts, *encoded, progress)]
+        progress.start(sum(len(ids) for ids in encoded))
+        if self.micro_batch_count == 1 or len(prompts) == 1:
+            return self._generate_batch(prompts, encoded, progress)
+        # Those of like lengths together: the less padding, the less of it is stored and read.
+        order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
+        size = -(-len(prompts) // self.micro_batch_count)
+        parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        tasks = [
+            partial(
+                self._generate_batch,
+                [prompts[row] for row in part],
+                [encoded[row] for row in part],
+                progress,
+                share=len(parts),
+            )
+            for part in parts
+        ]
+        rows: list[dict] = [{}] * len(prompts)
+        for part, result in zip(parts, self.model.weight_stream.lockstep(tasks), strict=True):
+            if isinstance(result, BaseException):
+                raise result
+            for row, finished in zip(part, result, strict=True):
+                rows[row] = finished
+        return rows
+
+    def _generate_batch(
+        self, prompts: list[Prompt], encoded: list[torch.Tensor], progress: _ProgressBar, *, share: int = 1
+    ) -> list[dict]:
+        """share: of how many that run side by side."""
         pad_token_id = self.generation_config.pad_token_id
         input_ids = pad_sequence(encoded, batch_first=True, padding_value=pad_token_id, padding_side="left")
         attention_mask = pad_sequence([torch.ones_like(ids) for ids in encoded], batch_first=True, padding_side="left")
         self._seed(prompts[0])
-        progress.start(len(prompts), sum(len(ids) for ids in encoded))
         with StorageCache(
             self.model.config,
             self.settings.kv_dir,
             kv_dtype=self.settings.kv_dtype,
-            **self.settings.of_store(),
+            **self.settings.of_store(share=share),
             sparse=self.settings.choice(),
         ) as cache:
             try:
@@ -308,7 +389,7 @@ class Job:
                     attention_mask=attention_mask.to(self.settings.device),
                     past_key_values=cache,
                     generation_config=self.generation_config,
-                    stopping_criteria=[progress.tick],
+                    stopping_criteria=[progress.ticker(len(prompts))],
                 )
             finally:
                 self.moved.add(cache.stats())
@@ -329,11 +410,11 @@ class Job:
             reused = cache.get_seq_length()
             self.prompt_token_count += len(ids)
             self.reused_token_count += reused
-            progress.start(1, len(ids) - reused)
+            progress.start(len(ids) - reused)
             try:
                 self._prefill_and_keep(cache, ids)
                 self._seed(prompt)
-                tokens = self._extend(cache, ids, self.generation_config, stopping_criteria=[progress.tick])
+                tokens = self._extend(cache, ids, self.generation_config, stopping_criteria=[progress.ticker(1)])
             finally:
                 self.moved = Moved()  # the drive counts from when the keeper opened it
                 self.moved.add(cache.stats())
@@ -446,7 +527,14 @@ class Job:
         done = f"{count(self.done_count, 'row')}, {count(self.token_count, 'token')} in {elapsed_s:.1f} s"
         if self.keeper is not None:
             done += f", {self.reused_token_count} of {count(self.prompt_token_count, 'prompt token')} reused"
-        return f"{done} ({self.token_count / elapsed_s:.1f} tok/s); {self.moved}"
+        text = f"{done} ({self.token_count / elapsed_s:.1f} tok/s); {self.moved}"
+        if self.settings.weights_on_drive:
+            stats = self.model.weight_stream.stats()
+            text += (
+                f"; weights: {format_bytes(stats['bytes_read'])} from the drive ({stats['io_engine']}), "
+                f"{format_bytes(stats['resident_bytes'])} stay in memory"
+            )
+        return text
 
 
 class _ProgressBar:
@@ -456,8 +544,7 @@ class _ProgressBar:
         self._row_count = row_count
         self._rows_done = 0
         self._tokens_before = 0  # of finished batches
-        self._batch_steps = 0
-        self._batch_rows = 0
+        self._batch_tokens = 0
         self._start_s = time.monotonic()
         console = stderr_console()
         self._is_live = console.is_terminal
@@ -480,17 +567,20 @@ class _ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def start(self, row_count: int, prompt_tokens: int) -> None:
-        """A batch begins: so many rows, with so many tokens to read in all."""
-        self._batch_rows = row_count
-        self._batch_steps = 0
+    def start(self, prompt_tokens: int) -> None:
+        """A batch begins, with so many tokens to read in all."""
+        self._batch_tokens = 0
         self._bar.update(self._task, state=f"reading {prompt_tokens} tokens")
 
-    def tick(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        """A stopping criterion that stops nothing: generate() calls it after every token."""
-        self._batch_steps += 1
-        self._show(self._tokens_before + self._batch_steps * self._batch_rows)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    def ticker(self, row_count: int) -> Callable[..., torch.Tensor]:
+        """A stopping criterion that stops nothing: generate() calls it after every token of so many rows."""
+
+        def tick(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+            self._batch_tokens += row_count
+            self._show(self._tokens_before + self._batch_tokens)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        return tick
 
     def finish(self, row_count: int, token_count: int) -> None:
         """A batch is done: so many rows, and so many tokens with all before it."""

@@ -22,6 +22,7 @@ from torch_csd.errors import MemoryBudgetError, StoreError, StoreMismatchError
 from torch_csd.sparse import Sparse
 from torch_csd.store import KVStore, PrefixMatch
 from torch_csd.tensor import StorageTensor
+from torch_csd.weights.tensor import FileTensor
 
 
 class StorageCache(DynamicCache):
@@ -693,8 +694,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for parameter_name, parameter in sorted(model.state_dict().items()):
         digest.update(f"{parameter_name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].cpu()
+        step = max(1, parameter.numel() // 64)
+        sample = parameter.sample(step) if isinstance(parameter, FileTensor) else parameter.detach().flatten()[::step]
+        sample = sample.cpu()
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

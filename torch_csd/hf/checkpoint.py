@@ -280,11 +280,13 @@ class _Progress:
     def __init__(self, weight_dtype: str) -> None:
         self.text = f"Converting weights to {weight_dtype}"
         self.bar: Any = None
+        self.shown = 0
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
             self.bar = transformers.utils.logging.tqdm(desc=self.text, total=total, unit="B", unit_scale=True)
-        self.bar.update(done - self.bar.n if hasattr(self.bar, "n") else 0)
+        self.bar.update(done - self.shown)
+        self.shown = done
         if done == total:
             self.bar.close()
 

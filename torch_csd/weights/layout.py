@@ -248,6 +248,13 @@ def narrow(layout: Layout, dim: int, begin: int, end: int) -> Layout:
     return layout.apply(aten.slice.Tensor, (dim, begin, end), {})
 
 
+def element(layout: Layout, place: Sequence[int]) -> Layout:
+    """[1]: the one at this place."""
+    for index in place:
+        layout = layout.apply(aten.select.int, (0, index), {})
+    return layout.apply(aten.unsqueeze.default, (0,), {})
+
+
 def _positive(dim: int, rank: int) -> int:
     if not -max(rank, 1) <= dim < max(rank, 1):
         raise IndexError(f"dimension must be from {-rank} to {rank - 1}, got {dim}")

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from torch_csd.weights.layout import InputFile, Join, Layout, Range, Region, byt
 from torch_csd.weights.staging import HUGE_PAGE_BYTES, Staging, new_memory
 
 MIB = 2**20
+_R = TypeVar("_R")
+_thread = threading.local()  # baton: that this thread computes with, in lockstep
 STAGING_BYTES_MIN = 4 * MIB
 # Requests of 32 MiB in flight keep a drive busy; one piece is computed with meanwhile, and two more of the largest size
 # wait. More staging makes nothing faster and leaves less for what is resident.
@@ -56,6 +60,7 @@ class Unit:
     index: int | None = None  # in the order
     expected: bool = True  # in the next pass: it was used in the last one
     use_count: float = 0.0  # of a routed one
+    awaits: set[int] = field(default_factory=set)  # threads in lockstep that are still to use it in this pass
 
     @staticmethod
     def of(layout: Layout) -> Unit:
@@ -88,6 +93,22 @@ def covering_bytes(offset: int, count: int) -> int:
     if count == 0:
         return 0
     return (offset + count + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES - offset // BLOCK_BYTES * BLOCK_BYTES
+
+
+class Forecast(NamedTuple):
+    """Bytes that a pass reads."""
+
+    dense_bytes: int  # used in every pass
+    routed_bytes: int  # of all that may be routed to, and do not stay in memory
+
+
+@dataclass(eq=False)
+class Pace:
+    """How far a thread in lockstep is."""
+
+    position: int = -1  # in the order
+    steps: int = 0  # units since it began
+    stopped: bool = False  # it uses no more
 
 
 class Stream:
@@ -126,8 +147,10 @@ class Stream:
         self._announced: deque[Unit] = deque()
         self._dense: dict[tuple, Tensor] = {}  # whole small tensors
         self._kept_bytes = 0  # in memory of their own
-        self._routed_bytes_left = 0  # that routed units may still keep
+        self._routed_bytes = 0  # of all routed units
+        self._routed_bytes_left = 0  # that they may still keep
         self._routed_uses = 0
+        self._paces: dict[int, Pace] = {}  # of the threads in lockstep, by ident
         self._used_bytes = 0  # of units that were asked for, wherever they were
         self.reader = ops.reader_open(
             io_engine=parse_io_engine(io_engine),
@@ -167,7 +190,9 @@ class Stream:
         """
         unit = self._begin(layout, routed)
         try:
-            self._load(unit)
+            if not unit.loaded:
+                with _baton_passed():
+                    self._load(unit)
             yield unit.elements()
         finally:
             self._end(unit)
@@ -233,13 +258,14 @@ class Stream:
     @contextmanager
     def _temporary(self, unit: Unit) -> Iterator[Unit]:
         """The unit, read now, until the end of the block; nothing remembers it."""
-        with self._changed:
-            self._make_room(unit)
-            unit.users = 1
-            self._submit(unit, background=False)
-            self._read_ahead()
         try:
-            ops.reader_wait(self.reader, unit.ticket)
+            with _baton_passed():
+                with self._changed:
+                    unit.users = 1
+                    self._make_room(unit)
+                    self._submit(unit, background=False)
+                    self._read_ahead()
+                ops.reader_wait(self.reader, unit.ticket)
             yield unit
         finally:
             with self._changed:
@@ -299,6 +325,7 @@ class Stream:
                     unit.kept = True
                     due -= unit.byte_count
                     left -= size
+            self._routed_bytes = routed_bytes
             self._routed_bytes_left = max(min(left, routed_bytes), 0)
 
     def _forget_order(self) -> None:
@@ -323,6 +350,109 @@ class Stream:
             self._announced = deque(self._unit(layout, routed=True) for layout in layouts)
             self._read_ahead()
 
+    # ---- what a pass costs -------------------------------------------------------------------------------------------
+
+    def forecast(self) -> Forecast:
+        """What the next pass is expected to read, once what stays has been read."""
+        with self._changed:
+            dense = sum(unit.byte_count for unit in self._order if not unit.kept and unit.expected)
+            return Forecast(dense, max(self._routed_bytes - self._routed_bytes_left, 0))
+
+    def measure_rate(self) -> float:
+        """Bytes/s of the drive, reading what is used next anyway: as much as is read ahead."""
+        before = ops.reader_stats(self.reader)
+        begin_s = time.perf_counter()
+        with self._changed:
+            self._read_ahead()
+            ahead = [unit for unit in self._order if unit.ticket is not None]
+            for unit in ahead:
+                unit.users += 1
+        try:
+            for unit in ahead:
+                self._load(unit)
+            elapsed_s = time.perf_counter() - begin_s
+        finally:
+            with self._changed:
+                for unit in ahead:
+                    unit.users -= 1
+        after = ops.reader_stats(self.reader)
+        return max(after["bytes_moved"] - before["bytes_moved"], 1) / elapsed_s
+
+    # ---- lockstep ----------------------------------------------------------------------------------------------------
+
+    def lockstep(self, tasks: Sequence[Callable[[], _R]]) -> list[_R | BaseException]:
+        """Runs the tasks, each in a thread of its own, one computing at a time, so that each weight is read once for
+        all of them (FlexGen, 2303.06865, section 4.1: a block of several batches). Their results or errors, in order.
+
+        A weight stays in staging until all have used it; the first waits when staging is full of such. Each must use
+        weights in the order of the passes of one model, and begin with the first of a pass.
+        """
+        baton = threading.Lock()
+        results: list[_R | BaseException] = [RuntimeError("not run")] * len(tasks)
+        start = threading.Barrier(len(tasks))
+
+        def run(number: int) -> None:
+            try:
+                with self._changed:
+                    self._paces[threading.get_ident()] = Pace(self._position)
+                start.wait()
+                with baton:
+                    _thread.baton = baton
+                    results[number] = tasks[number]()
+            except BaseException as error:  # also KeyboardInterrupt: the caller decides
+                results[number] = error
+            finally:
+                _thread.baton = None
+                self._leave()
+
+        threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(tasks))]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # KeyboardInterrupt comes to this thread alone
+            with self._changed:
+                for pace in self._paces.values():
+                    pace.stopped = True
+            for thread in threads:
+                thread.join()
+            raise
+        return results
+
+    def _leave(self) -> None:
+        """This thread uses nothing any more: the others do not keep anything for it."""
+        with self._changed:
+            ident = threading.get_ident()
+            self._paces.pop(ident, None)
+            for unit in self._units.values():
+                if ident in unit.awaits:
+                    unit.awaits.remove(ident)
+                    self._release_unused(unit)
+            self._read_ahead()
+            self._changed.notify_all()
+
+    def _keep_pace(self, unit: Unit) -> bool:
+        """Whether this use of the unit moves the order on: not that of a thread that follows others in lockstep."""
+        ident = threading.get_ident()
+        pace = self._paces.get(ident)
+        if pace is None:
+            return True
+        if pace.stopped:
+            raise InterruptedError("stopped, with the tasks that it was in lockstep with")
+        if ident in unit.awaits:
+            unit.awaits.remove(ident)
+        else:  # the first of this pass
+            unit.awaits = set(self._paces) - {ident}
+        if unit.index is not None and self._order:
+            pace.steps += (unit.index - pace.position) % len(self._order)
+            pace.position = unit.index
+        return self._leads(ident)
+
+    def _leads(self, ident: int) -> bool:
+        first = max(self._paces, key=lambda each: (self._paces[each].steps, each), default=None)
+        return first is None or first == ident
+
     # ---- units -------------------------------------------------------------------------------------------------------
 
     def _unit(self, layout: Layout, *, routed: bool = False) -> Unit:
@@ -335,21 +465,24 @@ class Stream:
     def _begin(self, layout: Layout, routed: bool) -> Unit:
         with self._changed:
             unit = self._unit(layout, routed=routed)
-            unit.users += 1
-            self._used_bytes += byte_count(layout)
             if unit.routed:
                 self._count_use(unit)
-            else:
+            elif self._keep_pace(unit):
                 self._advance(unit)
+            unit.users += 1
+            self._used_bytes += byte_count(layout)
             return unit
 
     def _end(self, unit: Unit) -> None:
         with self._changed:
             unit.users -= 1
-            if unit.users == 0 and not unit.kept and unit.memory is not None:
-                self._release(unit)
+            self._release_unused(unit)
             self._read_ahead()
             self._changed.notify_all()
+
+    def _release_unused(self, unit: Unit) -> None:
+        if unit.users == 0 and not unit.awaits and not unit.kept and unit.memory is not None:
+            self._release(unit)
 
     def _load(self, unit: Unit) -> None:
         """Returns when its elements are in its memory."""
@@ -410,7 +543,9 @@ class Stream:
                 f"memory_budget"
             )
         while not self._place(unit):
-            idle = [each for each in self._staged.values() if each.users == 0]
+            # Of threads in lockstep only the first waits for the others: so one of them always goes on.
+            leads = self._leads(threading.get_ident())
+            idle = [each for each in self._staged.values() if each.users == 0 and not (leads and each.awaits)]
             if idle:
                 self._release(max(idle, key=self._distance))
             else:
@@ -524,6 +659,21 @@ class Stream:
                 "memory_budget_bytes": self.memory_budget_bytes,
             }
         return ops.reader_stats(self.reader) | mine
+
+
+@contextmanager
+def _baton_passed() -> Iterator[None]:
+    """Lets another thread in lockstep compute while this one waits. Not to be left with the stream's lock held: who
+    has the baton may want that."""
+    baton = getattr(_thread, "baton", None)
+    if baton is None:
+        yield
+        return
+    baton.release()
+    try:
+        yield
+    finally:
+        baton.acquire()
 
 
 def _close_reader(reader: Tensor, process: int) -> None:

@@ -13,7 +13,7 @@ from torch_csd.config import as_int
 from torch_csd.errors import CheckpointError, StoreError
 from torch_csd.tensor import StorageTensor
 from torch_csd.weights.files import SAFETENSORS_DTYPES, read_header
-from torch_csd.weights.layout import Layout, Region, as_read
+from torch_csd.weights.layout import Codes, Join, Layout, Region, as_read, element, numel
 from torch_csd.weights.quantised import dense
 from torch_csd.weights.stream import Stream
 
@@ -95,6 +95,18 @@ class FileTensor(StorageTensor):
         with torch._C.DisableTorchFunctionSubclass():
             stored = self._stream.load(as_read(self._layout))
             return dense(stored, self._layout).to(device=self.device, dtype=self.dtype)
+
+    def sample(self, step: int) -> Tensor:
+        """Every ``step``-th element in row-major order (of a quantised weight: of its codes), read into memory."""
+        with torch._C.DisableTorchFunctionSubclass():
+            layout = as_read(self._layout)
+            places = torch.arange(0, numel(layout), step)
+            index = torch.unravel_index(places, layout.shape)
+            elements = [element(layout, place) for place in zip(*(each.tolist() for each in index), strict=True)]
+            if not elements:
+                return torch.empty(0, dtype=self.dtype)
+            stored = self._stream.load(Join.make(elements, 0))
+            return stored if isinstance(self._layout, Codes) else stored.to(self.dtype)
 
     def write_(self, values: Tensor) -> FileTensor:
         """Writes ``values`` ([this shape], converted to the dtype that the file has) over the elements in the file.
