@@ -1,8 +1,8 @@
 """Weights on a card: device memory that they are brought to ahead of their use, and two ways there.
 
 The one way: the reader of files fills pieces of pinned host memory, and a stream of its own copies each to the card.
-The other, where GPUDirect Storage is active: straight from the drive. `torch_csd.weights.stream` says what is read next;
-nothing here has a thread: what has come is noticed, and goes on, whenever that stream is used.
+The other, where GPUDirect Storage is active: straight from the drive. `torch_csd.weights.stream` says what is read
+next. Nothing here has a thread: what has come is noticed, and goes on, whenever that stream is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch

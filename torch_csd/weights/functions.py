@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_csd.weights.layout import Codes, Join, Layout, as_read, aten, byte_count
-from torch_csd.weights.quantised import dense, quantised_linear
+from torch_csd.weights.quantised import dense, linear_on_card, quantised_linear
 from torch_csd.weights.tensor import FileTensor
 
 # Norms, biases and the like: they meet every kind of op, and are a thousandth of a model.
@@ -97,8 +97,17 @@ def _kept(tensor: FileTensor | None) -> Tensor | None:
     """An ordinary tensor for what is small; what is ordinary stays as it is."""
     if not isinstance(tensor, FileTensor):
         return tensor
-    kept = dense(tensor._stream.keep(as_read(tensor._layout)), tensor._layout)
-    return kept.to(device=tensor.device, dtype=tensor.dtype)
+    return as_computed(tensor._stream.keep(as_read(tensor._layout)), tensor)
+
+
+def as_computed(stored: Tensor, tensor: FileTensor) -> Tensor:
+    """What was read of a tensor, as its device and its dtype have it: converted there."""
+    stored = stored.to(tensor.device)
+    return dense(stored, tensor._layout, on_card=is_on_card(tensor)).to(tensor.dtype)
+
+
+def is_on_card(tensor: FileTensor) -> bool:
+    return tensor._stream.card is not None or tensor.device.type != "cpu"
 
 
 def _function(*functions: Callable) -> Callable[[Callable], Callable]:
@@ -141,14 +150,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dim, pieces = stream.pieces(weight._layout)
     if len(pieces) == 1:
         with stream.use(pieces[0], routed=weight._routed) as dense:
-            return functional.linear(input, dense.to(weight.dtype), bias)
+            return functional.linear(input, dense.to(weight.device, weight.dtype), bias)
     if dim == 0:
         outs, begin = [], 0
         for piece in pieces:
             end = begin + piece.shape[0]
             part = None if bias is None else bias[begin:end]
             with stream.use(piece, routed=weight._routed) as dense:
-                outs.append(functional.linear(input, dense.to(weight.dtype), part))
+                outs.append(functional.linear(input, dense.to(weight.device, weight.dtype), part))
             begin = end
         return torch.cat(outs, dim=-1)
     return _sum_over_pieces(input, weight, pieces, bias)
@@ -164,7 +173,11 @@ def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> 
         end = begin + piece.shape[0]
         part = None if bias is None else bias[begin:end]
         with weight._stream.use(piece, routed=weight._routed) as rows:
-            outs.append(quantised_linear(input, rows, bits=codes.bits, in_features=codes.in_features, bias=part))
+            how = dict(bits=codes.bits, in_features=codes.in_features, bias=part)
+            if is_on_card(weight):
+                outs.append(linear_on_card(input, rows.to(weight.device), dtype=input.dtype, **how))
+            else:
+                outs.append(quantised_linear(input, rows, **how))
         begin = end
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
@@ -175,7 +188,7 @@ def _sum_over_pieces(input: Tensor, weight: FileTensor, pieces: list[Layout], bi
     for piece in pieces:
         end = begin + piece.shape[1]
         with weight._stream.use(piece, routed=weight._routed) as dense:
-            part = functional.linear(input[..., begin:end], dense.to(weight.dtype)).float()
+            part = functional.linear(input[..., begin:end], dense.to(weight.device, weight.dtype)).float()
         total = part if total is None else total.add_(part)
         begin = end
     if bias is not None:
@@ -303,8 +316,7 @@ def _rows(tensor: FileTensor, index: Tensor) -> Tensor:
     if byte_count(tensor._layout) <= SMALL_BYTES:
         rows = _kept(tensor)[flat.to(tensor.device)]
     else:
-        rows = dense(tensor._stream.rows(as_read(tensor._layout), flat), tensor._layout)
-        rows = rows.to(device=tensor.device, dtype=tensor.dtype)
+        rows = as_computed(tensor._stream.rows(as_read(tensor._layout), flat), tensor)
     return rows.view(*index.shape, *tensor.shape[1:])
 
 
@@ -359,6 +371,11 @@ def _to_copy(
     memory_format: torch.memory_format | None = None,
 ) -> FileTensor:
     """Converted when it is read."""
+    if device is not None and device.type == "cuda" and tensor.device.type != "cuda" and tensor._stream.card is None:
+        tensor._stream.warn_once(
+            f"weights that were loaded for {tensor.device} are read and copied to {device} one after another, with "
+            f'nothing overlapped; torch_csd.load_checkpoint(..., device="{device}") reads them for it'
+        )
     return tensor.with_layout(tensor._layout, dtype=dtype, device=device)
 
 

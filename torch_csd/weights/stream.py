@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ from torch_csd.config import as_int, parse_io_engine
 from torch_csd.errors import MemoryBudgetError
 from torch_csd.weights.layout import InputFile, Join, Layout, Range, Region, byte_count, narrow
 from torch_csd.weights.staging import HUGE_PAGE_BYTES, Staging, new_memory
+
+if TYPE_CHECKING:
+    from torch_csd.cuda.device import Event
+    from torch_csd.cuda.weights import Reading, WeightCard
 
 MIB = 2**20
 _R = TypeVar("_R")
@@ -53,7 +58,8 @@ class Unit:
     kept: bool = False  # stays in memory from its first use on
     routed: bool = False  # used when something calls for it: not one of the order
     memory: Tensor | None = None
-    ticket: int | None = None  # of the read into it
+    ticket: int | Reading | None = None  # of the read into it
+    ready: Event | None = None  # on a card: its elements are there after it
     loaded: bool = False
     awaited: bool = False  # a thread waits for it already
     users: int = 0
@@ -118,26 +124,39 @@ class Stream:
     """
 
     def __init__(
-        self, memory_budget_bytes: int, *, io_engine: str = "auto", queue_depth: int = 32, staging_bytes: int = 0
+        self,
+        memory_budget_bytes: int,
+        *,
+        io_engine: str = "auto",
+        queue_depth: int = 32,
+        staging_bytes: int = 0,
+        device: torch.device | None = None,
+        gpu_io: str = "auto",
+        directory: str = ".",
     ) -> None:
         """
         Args:
-            memory_budget_bytes: of everything that is read: staging and what stays.
-            staging_bytes: of them, for reads under way and ahead; 0: a quarter, at most 256 MiB.
+            memory_budget_bytes: of everything that is read: staging and what stays, in host memory and on a card.
+            staging_bytes: of them, for reads under way and ahead; 0: a quarter, at most 256 MiB. With a card, on it,
+                and as much pinned memory.
+            device: a card that elements are brought to, ahead of their use; None: they are in host memory.
+            gpu_io: as in :class:`KVStore`. directory: where most files are: "auto" is decided there.
 
         Raises:
-            MemoryBudgetError: it is less than 4 MiB.
+            MemoryBudgetError: it is less than 4 MiB. GpuUnavailableError: the card, or ``gpu_io``, cannot be had.
         """
         if memory_budget_bytes < STAGING_BYTES_MIN:
             raise MemoryBudgetError(
                 f"memory_budget must be at least {STAGING_BYTES_MIN} bytes for weights on the drive, got "
                 f"{memory_budget_bytes}"
             )
-        staging_bytes = staging_bytes or min(max(memory_budget_bytes // 4, STAGING_BYTES_MIN), STAGING_BYTES_MAX)
+        least_bytes = STAGING_BYTES_MIN if device is None else STAGING_BYTES_MIN // 2  # with a card, twice
+        staging_bytes = staging_bytes or min(max(memory_budget_bytes // 4, least_bytes), STAGING_BYTES_MAX)
         staging_bytes = staging_bytes // BLOCK_BYTES * BLOCK_BYTES
         self.memory_budget_bytes = memory_budget_bytes
         self.piece_bytes = staging_bytes // _PIECES - 2 * BLOCK_BYTES  # of one unit: what a large weight is cut into
-        self._staging = Staging(new_memory(staging_bytes))
+        self.card = None if device is None else _open_card(device, staging_bytes, directory, gpu_io)
+        self._staging = Staging(new_memory(staging_bytes)) if self.card is None else self.card.ring
         self._changed = threading.Condition()  # of everything below
         self._files: dict[str, InputFile] = {}
         self._units: dict[tuple, Unit] = {}
@@ -152,12 +171,15 @@ class Stream:
         self._routed_uses = 0
         self._paces: dict[int, Pace] = {}  # of the threads in lockstep, by ident
         self._used_bytes = 0  # of units that were asked for, wherever they were
+        self._has_warned = False
         self.reader = ops.reader_open(
             io_engine=parse_io_engine(io_engine),
             queue_depth=as_int(queue_depth, "queue_depth", low=1, high=1024),
-            staging=self._staging.memory,
+            staging=(self._staging if self.card is None else self.card.host).memory,
         )
-        self._finalizer = weakref.finalize(self, _close_reader, self.reader, os.getpid())
+        if self.card is not None:
+            self.card.start(self.reader)
+        self._finalizer = weakref.finalize(self, _close_reader, self.reader, self.card, os.getpid())
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -171,6 +193,8 @@ class Stream:
         with self._changed:
             if path not in self._files:
                 self._files[path] = InputFile(path, *ops.reader_add_file(self.reader, path)[:3])
+                if self.card is not None:
+                    self.card.open(self._files[path])
             return self._files[path]
 
     def close(self) -> None:
@@ -183,6 +207,8 @@ class Stream:
     def use(self, layout: Layout, *, routed: bool = False) -> Iterator[Tensor]:
         """The layout's elements, of its dtype, in memory until the end of the block. At most `piece_bytes` of them.
 
+        With a card they are on it, for what is issued to the current stream inside of the block.
+
         routed: used when something calls for it, not once in every pass.
 
         Raises:
@@ -193,9 +219,13 @@ class Stream:
             if not unit.loaded:
                 with _baton_passed():
                     self._load(unit)
-            yield unit.elements()
+            with self._in_use(unit):
+                yield unit.elements()
         finally:
             self._end(unit)
+
+    def _in_use(self, unit: Unit) -> AbstractContextManager:
+        return nullcontext() if self.card is None else self.card.in_use(unit)
 
     def keep(self, layout: Layout) -> Tensor:
         """The elements, in memory from now on: for small tensors that any op may meet."""
@@ -203,6 +233,8 @@ class Stream:
             dense = self._dense.get(layout.key)
         if dense is None:
             dense = self.load(layout)
+            if self.card is not None:
+                dense = dense.to(self.card.torch_device)
             with self._changed:
                 if layout.key not in self._dense:
                     self._kept_bytes += byte_count(layout)
@@ -210,16 +242,16 @@ class Stream:
         return dense
 
     def load(self, layout: Layout) -> Tensor:
-        """The elements in memory of their own, beside the budget: the caller's to keep or to drop."""
+        """The elements in host memory of their own, beside the budget: the caller's to keep or to drop."""
         unit = Unit.of(layout)
         unit.memory = new_memory(unit.byte_count)
-        self._submit(unit, background=False)
+        unit.ticket = self._read_to_host(unit, background=False)
         ops.reader_wait(self.reader, unit.ticket)
         return unit.elements()
 
     def rows(self, layout: Layout, index: Tensor) -> Tensor:
-        """[len(index), ...]: those rows of the first dimension, and no others, read now. index: int64 [rows] on the
-        CPU, within bounds."""
+        """[len(index), ...]: those rows of the first dimension, and no others, read now into host memory. index: int64
+        [rows] on the CPU, within bounds."""
         if index.numel() == 0:
             return torch.empty((0, *layout.shape[1:]), dtype=layout.dtype)
         row_bytes = max(byte_count(layout) // max(layout.shape[0], 1), 1)
@@ -257,7 +289,11 @@ class Stream:
 
     @contextmanager
     def _temporary(self, unit: Unit) -> Iterator[Unit]:
-        """The unit, read now, until the end of the block; nothing remembers it."""
+        """The unit, read now, in host memory until the end of the block; nothing remembers it."""
+        if self.card is not None:
+            with self.card.in_host_memory(unit):
+                yield unit
+            return
         try:
             with _baton_passed():
                 with self._changed:
@@ -314,7 +350,7 @@ class Stream:
                         self._order.append(unit)
             if not keep:
                 return
-            left = self.memory_budget_bytes - self._staging.byte_count - small_bytes
+            left = self.memory_budget_bytes - self._staging_bytes - small_bytes
             total = sum(unit.byte_count for unit in self._order)
             share = min(max(left, 0) / max(total, 1), 1.0)
             due = 0.0
@@ -341,6 +377,10 @@ class Stream:
         self._position = -1
         self._routed_bytes_left = 0
 
+    @property
+    def _staging_bytes(self) -> int:
+        return self._staging.byte_count if self.card is None else self.card.byte_count
+
     def announce(self, layouts: Sequence[Layout]) -> None:
         """These are used next, in this order: routed ones, which no order tells."""
         with self._changed:
@@ -360,7 +400,7 @@ class Stream:
 
     def measure_rate(self) -> float:
         """Bytes/s of the drive, reading what is used next anyway: as much as is read ahead."""
-        before = ops.reader_stats(self.reader)
+        before = self._moved_bytes()
         begin_s = time.perf_counter()
         with self._changed:
             self._read_ahead()
@@ -375,8 +415,11 @@ class Stream:
             with self._changed:
                 for unit in ahead:
                     unit.users -= 1
-        after = ops.reader_stats(self.reader)
-        return max(after["bytes_moved"] - before["bytes_moved"], 1) / elapsed_s
+        return max(self._moved_bytes() - before, 1) / elapsed_s
+
+    def _moved_bytes(self) -> int:
+        direct_bytes = 0 if self.card is None else self.card.stats()["gpu_direct_bytes"]
+        return ops.reader_stats(self.reader)["bytes_moved"] + direct_bytes
 
     # ---- lockstep ----------------------------------------------------------------------------------------------------
 
@@ -499,7 +542,7 @@ class Stream:
                 unit.awaited = True
                 self._read_ahead()
             try:
-                ops.reader_wait(self.reader, unit.ticket)
+                self._wait(unit)
             except BaseException:
                 with self._changed:
                     unit.awaited = False
@@ -513,7 +556,17 @@ class Stream:
                 self._changed.notify_all()
 
     def _submit(self, unit: Unit, *, background: bool) -> None:
-        unit.ticket = ops.reader_read(
+        read = self._read_to_host if self.card is None else self.card.read
+        unit.ticket = read(unit, background=background)
+
+    def _wait(self, unit: Unit) -> None:
+        if self.card is None:
+            ops.reader_wait(self.reader, unit.ticket)
+        else:
+            self.card.wait(unit, unit.ticket)
+
+    def _read_to_host(self, unit: Unit, *, background: bool) -> int:
+        return ops.reader_read(
             self.reader,
             files=[each.file.number for each in unit.ranges],
             offsets=[each.offset for each in unit.ranges],
@@ -526,9 +579,11 @@ class Stream:
     def _place(self, unit: Unit) -> bool:
         """Gives the unit memory, if there is some."""
         if unit.kept:
-            unit.memory = new_memory(kept_bytes(unit))
-            self._kept_bytes += unit.memory.numel()
-            return True
+            unit.memory = (new_memory if self.card is None else self.card.new_memory)(kept_bytes(unit))
+            if unit.memory is not None:
+                self._kept_bytes += unit.memory.numel()
+                return True
+            unit.kept = False  # the card has less memory than was planned with
         unit.memory = self._staging.take(unit.byte_count)
         if unit.memory is None:
             return False
@@ -559,8 +614,10 @@ class Stream:
 
     def _release(self, unit: Unit) -> None:
         """Takes the unit's memory back."""
-        if unit.ticket is not None:
+        if unit.ticket is not None and self.card is None:
             ops.reader_drop(self.reader, unit.ticket)
+        elif unit.ticket is not None:
+            self.card.drop(unit.ticket)
         if self._staged.pop(id(unit), None) is not None:
             self._staging.give_back(unit.memory)
         elif unit.memory is not None:
@@ -639,6 +696,11 @@ class Stream:
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
+    def warn_once(self, text: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(text, stacklevel=2)
+
     def forget(self, file: InputFile) -> None:
         """What was read of the file ahead of its use is read again: it was written to."""
         with self._changed:
@@ -652,12 +714,14 @@ class Stream:
         """What was read and what is in memory: `ops.reader_stats`, and bytes of memory by use."""
         with self._changed:
             mine = {
-                "staging_bytes": self._staging.byte_count,
+                "staging_bytes": self._staging_bytes,
                 "staged_bytes": self._staging.byte_count - self._staging.free_bytes,
                 "resident_bytes": self._kept_bytes,
                 "used_bytes": self._used_bytes,
                 "memory_budget_bytes": self.memory_budget_bytes,
             }
+        if self.card is not None:
+            mine |= self.card.stats()
         return ops.reader_stats(self.reader) | mine
 
 
@@ -676,6 +740,17 @@ def _baton_passed() -> Iterator[None]:
         baton.acquire()
 
 
-def _close_reader(reader: Tensor, process: int) -> None:
-    if os.getpid() == process:
+def _open_card(device: torch.device, staging_bytes: int, directory: str, gpu_io: str) -> WeightCard:
+    from torch_csd.cuda.weights import open_weight_card  # the GPU path is there for those who use it
+
+    return open_weight_card(device, staging_bytes=staging_bytes, directory=directory, gpu_io=gpu_io)
+
+
+def _close_reader(reader: Tensor, card: WeightCard | None, process: int) -> None:
+    if os.getpid() != process:
+        return
+    try:
+        if card is not None:
+            card.close()
+    finally:
         ops.reader_close(reader)

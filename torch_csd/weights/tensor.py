@@ -14,7 +14,6 @@ from torch_csd.errors import CheckpointError, StoreError
 from torch_csd.tensor import StorageTensor
 from torch_csd.weights.files import SAFETENSORS_DTYPES, read_header
 from torch_csd.weights.layout import Codes, Join, Layout, Region, as_read, element, numel
-from torch_csd.weights.quantised import dense
 from torch_csd.weights.stream import Stream
 
 # Of tensors that belong to no model: enough to keep a drive busy while one piece is computed with.
@@ -94,7 +93,7 @@ class FileTensor(StorageTensor):
         """
         with torch._C.DisableTorchFunctionSubclass():
             stored = self._stream.load(as_read(self._layout))
-            return dense(stored, self._layout).to(device=self.device, dtype=self.dtype)
+            return functions.as_computed(stored, self)
 
     def sample(self, step: int) -> Tensor:
         """Every ``step``-th element in row-major order (of a quantised weight: of its codes), read into memory."""
