@@ -24,7 +24,7 @@ from torch_csd import ops
 from torch_csd.catalogue import BLOCK_BYTES
 from torch_csd.cuda.device import Device, Event
 from torch_csd.cuda.transfer import Completion, ForeignFile, Request, Slab
-from torch_csd.errors import MemoryBudgetError, StoreError
+from torch_csd.errors import MemoryBudgetError, StoreClosedError, StoreError
 from torch_csd.weights.layout import InputFile, Range
 from torch_csd.weights.staging import Staging
 
@@ -258,6 +258,10 @@ class Ring(Staging):
             ]
 
 
+def _closed_error() -> StoreClosedError:
+    return StoreClosedError("the files of these weights are closed; load them again")
+
+
 def _has_passed(event: Event) -> bool:
     try:
         return event.query()
@@ -438,8 +442,7 @@ class Pinned:
     def _wait_for(self, reading: Reading | None) -> None:
         """Until something happened that lets a reading go on: this one, if the drive has it; without the lock."""
         if self._is_closed:
-            ops.reader_is_done(self.reader, -1)  # says so
-            raise StoreError("the weights' files are closed")
+            raise _closed_error()
         if reading is None or reading.ticket is None or reading.done:
             reading = next((each for each in self._reading if not each.awaited), None)
             if self._copying:  # nearer to its end than what is read
@@ -488,15 +491,21 @@ class Direct:
         self._fences = device.new_stream()  # does nothing but wait: a request waits for one event only
         self._lock = threading.Lock()  # of all below, and of the transfer
         self._queued: deque[Request] = deque()
+        self._under_way: list[Reading] = []
+        self._is_closed = False
 
     def begin(self, reading: Reading, *, background: bool) -> None:
         with self._lock:
+            if self._is_closed:
+                reading.finish(error=_closed_error())
+                return
             try:
                 requests = self._requests(reading)
             except RuntimeError as error:  # the device has failed
                 reading.finish(error=error)
                 return
             reading.requests_left = len(requests)
+            self._under_way.append(reading)
             if background:
                 self._queued.extend(requests)
             else:
@@ -512,12 +521,11 @@ class Direct:
     def drop(self, reading: Reading) -> None:
         """What has begun is waited for."""
         with self._lock:
-            reading.dropped = True
             left = [each for each in self._queued if each.tag is not reading]
             reading.requests_left -= len(self._queued) - len(left)
             self._queued = deque(left)
             if reading.requests_left == 0:
-                reading.done = True
+                self._finish(reading)
             self._drain(reading)
 
     def pump(self) -> None:
@@ -526,8 +534,14 @@ class Direct:
 
     def close(self) -> None:
         with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
             self._queued.clear()
             self._transfer.close()
+            for reading in self._under_way:
+                reading.finish(error=_closed_error())
+            self._under_way.clear()
 
     # ---- called with the lock held -------------------------------------------------------------------------------
 
@@ -550,6 +564,8 @@ class Direct:
         return requests
 
     def _pump(self) -> None:
+        if self._is_closed:
+            return
         self._take_note(self._transfer.reap())
         while self._queued and self._transfer.in_flight < self._transfer.depth:
             request = self._queued.popleft()
@@ -578,7 +594,12 @@ class Direct:
                 )
                 reading.error.__cause__ = error
             if reading.requests_left == 0:
-                reading.done = True
+                self._finish(reading)
+
+    def _finish(self, reading: Reading) -> None:
+        reading.done = True
+        if reading in self._under_way:
+            self._under_way.remove(reading)
 
 
 def _is_part(memory: Tensor, whole: Tensor) -> bool:
