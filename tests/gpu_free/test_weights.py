@@ -571,6 +571,18 @@ def test_a_model_on_a_card_has_the_logits_of_the_cpu(install, checkpoint, monkey
     assert device.memory_bytes <= stats["memory_budget_bytes"]
 
 
+@pytest.mark.parametrize("on_card", [True, False])
+def test_a_model_loaded_in_inference_mode_serves_outside_of_it(install, llama, monkeypatch, on_card):
+    install("pinned", late=False)
+    monkeypatch.setattr(torch_csd.drive, "is_card", lambda device: on_card)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode(), loaded(llama) as model:
+        expected = model(ids).logits
+        with torch.inference_mode(False), torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+
+
 def test_weights_and_kv_may_both_go_to_the_card(install, checkpoint, tmp_path):
     from hf.models import prompts
 

@@ -39,6 +39,7 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@torch.inference_mode(False)  # parameters outlive the mode that they are made in
 def load_checkpoint(
     path_or_name: str | os.PathLike[str],
     memory_budget: int | str = "4GiB",
