@@ -89,7 +89,7 @@ fuzz:
 # For figures that mean something: BENCH_ARGS= ACCURACY_ARGS= on a machine that does nothing else.
 bench: build
 	@mkdir -p $(BENCH_DIR)
-	@for command in io attention sparse decode prefill; do \
+	@for command in io attention sparse decode prefill weights; do \
 	  $(BIN)/torch-csd bench $$command --directory $(BENCH_DIR) $(BENCH_ARGS) || exit 1; echo; \
 	done
 	$(BIN)/torch-csd bench accuracy --directory $(BENCH_DIR) $(ACCURACY_ARGS)

@@ -1015,14 +1015,21 @@ void reader_open(const Tensor& reader, std::string io_engine, int64_t queue_dept
 }
 
 // number, size in bytes, mtime in ns, whether by direct I/O, device, inode
-Tensor reader_add_file(const Tensor& reader, std::string path) {
-  const InputFile file = find_reader(reader)->add_file(path);
+Tensor file_values(const InputFile& file) {
   Tensor result = new_tensor({6}, ScalarType::Long);
   auto* values = static_cast<int64_t*>(result.mutable_data_ptr());
   for (const int64_t value : {file.number, file.size_bytes, file.mtime_ns, int64_t{file.direct_io},
                               static_cast<int64_t>(file.device), static_cast<int64_t>(file.inode)})
     *values++ = value;
   return result;
+}
+
+Tensor reader_add_file(const Tensor& reader, std::string path) {
+  return file_values(find_reader(reader)->add_file(path));
+}
+
+Tensor reader_refresh_file(const Tensor& reader, int64_t number) {
+  return file_values(find_reader(reader)->refresh_file(number));
 }
 
 int64_t reader_read(const Tensor& reader, std::vector<int64_t> files, std::vector<int64_t> offsets,
@@ -1210,6 +1217,7 @@ STABLE_TORCH_LIBRARY(torch_csd, m) {
   m.def("io_close(Tensor(a!) queue) -> ()");
   m.def("reader_open(Tensor(a!) reader, str io_engine, int queue_depth, Tensor(b!)? staging) -> ()");
   m.def("reader_add_file(Tensor(a!) reader, str path) -> Tensor");
+  m.def("reader_refresh_file(Tensor(a!) reader, int number) -> Tensor");
   m.def(
       "reader_read(Tensor(a!) reader, int[] files, int[] offsets, int[] byte_counts, Tensor(b!) memory, "
       "int[] "
@@ -1276,6 +1284,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_csd, CPU, m) {
   m.impl("io_close", TORCH_BOX(&csd::ops::io_close));
   m.impl("reader_open", TORCH_BOX(&csd::ops::reader_open));
   m.impl("reader_add_file", TORCH_BOX(&csd::ops::reader_add_file));
+  m.impl("reader_refresh_file", TORCH_BOX(&csd::ops::reader_refresh_file));
   m.impl("reader_read", TORCH_BOX(&csd::ops::reader_read));
   m.impl("reader_wait", TORCH_BOX(&csd::ops::reader_wait));
   m.impl("reader_is_done", TORCH_BOX(&csd::ops::reader_is_done));

@@ -10,8 +10,8 @@ import pytest
 
 from torch_csd import StoreError, probe
 
-# A container may install its seccomp filter whenever it likes: here after the store has written half of its pages.
-REFUSED = """
+# A container may install its seccomp filter whenever it likes.
+FORBID = """
 import ctypes
 import errno
 import struct
@@ -20,13 +20,10 @@ import warnings
 
 import torch
 
-from torch_csd import KVStore
-
-directory, every_thread, seccomp = sys.argv[1], sys.argv[2] == "every thread", int(sys.argv[3])
 IO_URING_ENTER = 426  # on every architecture
 
 
-def refuse_io_uring_enter():
+def refuse_io_uring_enter(every_thread, seccomp):
     load_number, jump_if_equal, give_back = 0x20, 0x15, 0x06
     refuse, allow = 0x00050000 | errno.EPERM, 0x7FFF0000
     code = struct.pack("HBBI" * 4, load_number, 0, 0, 0, jump_if_equal, 0, 1, IO_URING_ENTER,
@@ -38,8 +35,15 @@ def refuse_io_uring_enter():
     assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     flags = 1 if every_thread else 0  # SECCOMP_FILTER_FLAG_TSYNC
     assert libc.syscall(seccomp, SECCOMP_SET_MODE_FILTER, flags, program) == 0, ctypes.get_errno()
+"""
 
+# Here after the store has written half of its pages.
+REFUSED = (
+    FORBID
+    + """
+from torch_csd import KVStore
 
+directory, every_thread, seccomp = sys.argv[1], sys.argv[2] == "every thread", int(sys.argv[3])
 k, v = torch.randn(2, 2, 4, 3000, 64, generator=torch.Generator().manual_seed(1)).unbind(0)
 q = torch.randn(2, 4, 1, 64)
 store = KVStore(directory, io_engine="io_uring", memory_budget="4MiB", threads=2, resident=False)
@@ -50,7 +54,7 @@ store.attend(0, q)
 before = store.stats()
 assert before["io_engine"] == "io_uring", before["io_reason"]
 
-refuse_io_uring_enter()
+refuse_io_uring_enter(every_thread, seccomp)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     store.append(0, k[:, :, 1500:], v[:, :, 1500:])
@@ -76,6 +80,7 @@ assert every_thread is False or other.stats()["io_engine"] == "pread"
 
 store.close()
 """
+)
 
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 

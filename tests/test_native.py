@@ -92,6 +92,21 @@ def test_io_for_others_is_tried_again_and_keeps_its_memory():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the test program with")
+def test_files_of_others_are_read_in_order_and_errors_are_one_tickets_own(tmp_path):
+    program = tmp_path / "test_file_reader"
+    sources = [
+        "tests/native/test_file_reader.cpp",
+        "csrc/executor/file_reader.cpp",
+        *(f"csrc/io/{name}.cpp" for name in ("open", "pread_engine")),
+        *(f"csrc/base/{name}.cpp" for name in ("error", "own_descriptors")),
+    ]
+    build = ["g++", "-std=c++17", "-O1", "-Icsrc", *sources, "-pthread", "-o", str(program)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="no g++, or no make")
 @pytest.mark.parametrize("where", ["memory", "drive"])
 def test_whatever_fails_below_a_drive_nothing_is_lost_or_wrong(tmp_path, where):

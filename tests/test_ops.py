@@ -29,8 +29,8 @@ OPEN_SETTINGS = ("auto", "auto", 2**20, 1, 4, -1, True, True, 0, "", "", torch.z
 UNTRACED = {
     "adopt", "restore_layer", "commit", "release", "verify", "shrink", "check_room", "check_summary_room",
     "read_header", "lease", "copy_leased", "append_reserved", "fill_reserved", "finish_reserved", "end_lease",
-    "io_submit", "reader_open", "reader_add_file", "reader_read", "reader_wait", "reader_is_done", "reader_drop",
-    "reader_close", "reader_stats",
+    "io_submit", "reader_open", "reader_add_file", "reader_refresh_file", "reader_read", "reader_wait",
+    "reader_is_done", "reader_drop", "reader_close", "reader_stats",
 }  # fmt: skip
 
 

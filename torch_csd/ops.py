@@ -693,7 +693,7 @@ def file_path(drive: Tensor) -> str:
 
 
 class InputFile(NamedTuple):
-    """A file that a reader has opened, as it was then."""
+    """A file that a reader has opened, as it was then or when it was refreshed."""
 
     number: int  # by which the reader knows it
     size_bytes: int
@@ -728,7 +728,22 @@ def reader_add_file(reader: Tensor, path: str) -> InputFile:
     Raises:
         StoreError: it is not there, no regular file or may not be read, or the I/O engine does not work on it.
     """
-    number, size_bytes, mtime_ns, direct_io, device, inode = _call(_ops.reader_add_file, reader, path).tolist()
+    return _input_file(_call(_ops.reader_add_file, reader, path))
+
+
+def reader_refresh_file(reader: Tensor, number: int) -> InputFile:
+    """Takes the file as it is now: what was done to it up to here is no change to those who wait for it.
+
+    What of it is being read meanwhile may be of before or after.
+
+    Raises:
+        StoreError: it is shorter than it was. ValueError: there is no such file.
+    """
+    return _input_file(_call(_ops.reader_refresh_file, reader, number))
+
+
+def _input_file(values: Tensor) -> InputFile:
+    number, size_bytes, mtime_ns, direct_io, device, inode = values.tolist()
     return InputFile(number, size_bytes, mtime_ns, direct_io == 1, device, inode)
 
 
@@ -762,8 +777,7 @@ def reader_wait(reader: Tensor, ticket: int) -> None:
     """Returns when all of the ticket is there, which is then in the foreground; forgets it.
 
     Raises:
-        StoreError: something could not be read (EIO was tried twice), or one of its files was changed since it was
-            added.
+        StoreError: something could not be read (EIO was tried twice), or a file has changed since it was added.
         ValueError: there is no such ticket (any more).
     """
     _call(_ops.reader_wait, reader, ticket)

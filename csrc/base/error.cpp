@@ -34,6 +34,11 @@ const char* tag(ErrorKind kind) {
 
 Error::Error(ErrorKind kind, const std::string& text) : std::runtime_error(tag(kind) + text), kind_(kind) {}
 
+std::string untagged(const Error& error) {
+  const std::string text = error.what();
+  return text.substr(text.find("] ") + 2);
+}
+
 Error io_error(const std::string& path, const std::string& what, int errno_value) {
   const bool no_space = errno_value == ENOSPC || errno_value == EDQUOT;
   return Error(no_space ? ErrorKind::kNoSpace : ErrorKind::kStore,

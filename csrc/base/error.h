@@ -32,6 +32,9 @@ class Error : public std::runtime_error {
 // "path: what: strerror(errno_value)"; ENOSPC and EDQUOT become kNoSpace.
 Error io_error(const std::string& path, const std::string& what, int errno_value);
 
+// An error's text as part of another text, without the "[csd:kind] " that leads it.
+std::string untagged(const Error& error);
+
 // A check of our own invariants; user mistakes are validated in Python before they get here.
 #define CSD_CHECK(condition, text)                                                             \
   do {                                                                                         \

@@ -62,7 +62,7 @@ std::string time_text(int64_t mtime_ns) {
 struct File {
   std::string path;
   int fd;
-  InputFile as_added;
+  InputFile as_added;  // or refreshed. Guarded by State::mutex.
 };
 
 // What is read together. Guarded by State::mutex.
@@ -107,12 +107,25 @@ struct Flight {
   bool lost = false;  // see Ticket
 };
 
-// What became of the files since they were added, if anything.
-std::optional<Error> find_change(const std::vector<const File*>& files) {
+// To another thread than the one it is from, with a text of its own.
+[[noreturn]] void raise(const Error& error) { throw Error(error.kind(), untagged(error)); }
+
+// What the kernel may touch at any time is never let go of.
+void keep_for_good(std::vector<Flight> lost) {
+  static std::mutex mutex;
+  static auto* kept = new std::vector<std::vector<Flight>>();
+  std::lock_guard<std::mutex> lock(mutex);
+  kept->push_back(std::move(lost));
+}
+
+// What became of the files since they were added, if anything. mutex: State's, not held.
+std::optional<Error> find_change(const std::vector<const File*>& files, std::mutex& mutex) {
   for (const File* file : files) {
     struct stat info {};
     if (fstat(file->fd, &info) != 0) return io_error(file->path, "looking at the file", errno);
-    const InputFile& was = file->as_added;
+    std::unique_lock<std::mutex> lock(mutex);
+    const InputFile was = file->as_added;
+    lock.unlock();
     if (info.st_size == was.size_bytes && mtime_of(info) == was.mtime_ns) continue;
     return Error(ErrorKind::kStore,
                  file->path + ": changed while it was in use: was " + text(was.size_bytes) +
@@ -130,13 +143,13 @@ struct FileReader::State {
   explicit State(FileReaderOptions given) : options(std::move(given)) {}
 
   const FileReaderOptions options;
-  std::mutex add_mutex;    // files are added one by one, and the first makes engine and queue
+  std::mutex add_mutex;    // files are added one by one, and the first makes the engine
   std::mutex close_mutex;  // of the thread's end
 
   std::mutex mutex;              // of all that follows, tickets included
   std::condition_variable work;  // for the thread: a ticket, or closing
   std::condition_variable done;  // for callers: a ticket has finished
-  std::deque<File> files;        // never moved, never changed: others point to them
+  std::deque<File> files;        // never moved: others point to them
   std::string reason;            // of the first file's engine and mode
   std::unique_ptr<IoEngine> engine;
   std::thread thread;
@@ -172,11 +185,14 @@ struct FileReader::State {
     return found->second;
   }
 
+  void check_number(int64_t file) const {
+    if (file >= 0 && file < static_cast<int64_t>(files.size())) return;
+    throw Error(ErrorKind::kValue, "there is no file " + text(file) + ", " +
+                                       text(static_cast<int64_t>(files.size())) + " were added");
+  }
+
   void check_range(const FileRange& range) const {
-    if (range.file < 0 || range.file >= static_cast<int64_t>(files.size())) {
-      throw Error(ErrorKind::kValue, "there is no file " + text(range.file) + ", " +
-                                         text(static_cast<int64_t>(files.size())) + " were added");
-    }
+    check_number(range.file);
     const File& file = files[static_cast<size_t>(range.file)];
     const int64_t size = file.as_added.size_bytes;
     if (range.offset < 0 || range.byte_count < 0 || range.offset > size ||
@@ -199,8 +215,11 @@ struct FileReader::State {
     done.notify_all();
   }
 
+  // With the first read, not with the first file: staging that is registered is all resident, and loading a
+  // model must not cost it.
   void begin_thread() {
     if (thread.joinable()) return;
+    if (queue == nullptr) make_queue();
     // Signals are for the program's own threads.
     sigset_t all_signals, previous;
     sigfillset(&all_signals);
@@ -213,6 +232,18 @@ struct FileReader::State {
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
     if (error != 0) throw io_error("reader of files", "starting a thread", error);
+  }
+
+  void make_queue() {
+    std::vector<iovec> buffers;
+    const iovec& staging = options.staging;
+    for (size_t at = 0; at < staging.iov_len; at += kRegisteredBytesMax) {
+      buffers.push_back(
+          {static_cast<char*>(staging.iov_base) + at, std::min(kRegisteredBytesMax, staging.iov_len - at)});
+    }
+    queue = engine->make_queue(-1, static_cast<int>(options.queue_depth), buffers);
+    flights.resize(static_cast<size_t>(queue->depth()));
+    for (size_t slot = flights.size(); slot-- > 0;) free_slots.push_back(slot);
   }
 
   // ---- the thread's, under the lock but for submit() ----
@@ -358,7 +389,7 @@ struct FileReader::State {
         }
       }
       slots.clear();
-      for (const TicketPtr& ticket : ending) changes.push_back(find_change(ticket->files));
+      for (const TicketPtr& ticket : ending) changes.push_back(find_change(ticket->files, mutex));
       const bool wait = ending.empty() && refused.empty();
       try {
         if (queue->in_flight() > static_cast<int>(lost_count)) queue->reap(wait, &completions);
@@ -430,17 +461,9 @@ InputFile FileReader::add_file(const std::string& path) {
     struct stat info {};
     if (fstat(opened.fd, &info) != 0) throw io_error(path, "looking at the file", errno);
     std::unique_ptr<IoEngine> engine;
-    std::unique_ptr<IoQueue> queue;
     if (first) {
       const int depth = static_cast<int>(state.options.queue_depth);
-      std::vector<iovec> buffers;
-      const iovec& staging = state.options.staging;
-      for (size_t at = 0; at < staging.iov_len; at += kRegisteredBytesMax) {
-        buffers.push_back(
-            {static_cast<char*>(staging.iov_base) + at, std::min(kRegisteredBytesMax, staging.iov_len - at)});
-      }
       engine = make_io_engine(opened.engine, std::min(depth, kPreadThreadsMax));
-      queue = engine->make_queue(-1, depth, buffers);
     }
     std::lock_guard<std::mutex> lock(state.mutex);
     state.check_open();
@@ -453,10 +476,7 @@ InputFile FileReader::add_file(const std::string& path) {
     file.direct_io = opened.direct_io;
     state.files.push_back({path, opened.fd, file});
     if (first) {
-      state.flights.resize(static_cast<size_t>(queue->depth()));
-      for (size_t slot = state.flights.size(); slot-- > 0;) state.free_slots.push_back(slot);
       state.engine = std::move(engine);
-      state.queue = std::move(queue);
       state.reason = opened.reason;
     }
     return file;
@@ -464,6 +484,24 @@ InputFile FileReader::add_file(const std::string& path) {
     close_file(opened.fd);
     throw;
   }
+}
+
+InputFile FileReader::refresh_file(int64_t number) {
+  check_process();
+  State& state = *state_;
+  std::lock_guard<std::mutex> lock(state.mutex);
+  state.check_open();
+  state.check_number(number);
+  File& file = state.files[static_cast<size_t>(number)];
+  struct stat info {};
+  if (fstat(file.fd, &info) != 0) throw io_error(file.path, "looking at the file", errno);
+  if (info.st_size < file.as_added.size_bytes) {
+    throw Error(ErrorKind::kStore, file.path + ": cut short while it was in use: was " +
+                                       text(file.as_added.size_bytes) + " bytes, is " + text(info.st_size));
+  }
+  file.as_added.size_bytes = info.st_size;
+  file.as_added.mtime_ns = mtime_of(info);
+  return file.as_added;
 }
 
 int64_t FileReader::read(const std::vector<FileRange>& ranges, bool background, Owner owner) {
@@ -518,7 +556,7 @@ void FileReader::wait(int64_t number) {
   spent = std::exchange(state.spent, {});
   if (ticket->dropped)
     throw Error(ErrorKind::kValue, "ticket " + text(number) + " was dropped by another thread");
-  if (ticket->error.has_value()) throw *ticket->error;
+  if (ticket->error.has_value()) raise(*ticket->error);
 }
 
 bool FileReader::is_done(int64_t number) {
@@ -547,7 +585,7 @@ void FileReader::drop(int64_t number) {
     state.done.wait(lock, [&] { return ticket->finished; });
   }
   spent = std::exchange(state.spent, {});
-  if (ticket->lost) throw *ticket->error;
+  if (ticket->lost) raise(*ticket->error);
 }
 
 void FileReader::close() {
@@ -567,8 +605,7 @@ void FileReader::close() {
   }
   if (state.thread.joinable()) state.thread.join();
   state.queue.reset();
-  // What is lost may be written to at any time.
-  if (state.lost_count > 0) static_cast<void>(new std::vector<Flight>(std::move(state.flights)));
+  if (state.lost_count > 0) keep_for_good(std::move(state.flights));
   std::lock_guard<std::mutex> lock(state.mutex);
   state.engine.reset();
   for (const File& file : state.files) close_file(file.fd);

@@ -21,7 +21,7 @@ struct FileReaderOptions {
   std::shared_ptr<const void> staging_owner;
 };
 
-// A file as it was when it was added.
+// A file as it was when it was added, or refreshed.
 struct InputFile {
   int64_t number = 0;
   uint64_t device = 0;
@@ -68,6 +68,11 @@ class FileReader {
   // Opens it: see open_input_file(). It stays open, whatever becomes of its name. With io_engine "auto" the
   // first file decides on the engine. One call at a time, the others wait.
   InputFile add_file(const std::string& path);
+
+  // What was done to the file is no change from now on: someone wrote to it who says so. What of it is being
+  // read may be of before or after. Throws kValue for a number that is none, kStore if the file has shrunk:
+  // what was found to be in it no longer is.
+  InputFile refresh_file(int64_t number);
 
   // Returns a ticket's number at once. Throws kValue for a range outside of its file, or memory that is not
   // aligned; nothing is read then. Several ranges may be of the same file, and in any order.

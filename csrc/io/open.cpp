@@ -144,12 +144,6 @@ Error open_error(const std::string& directory, int errno_value) {
   return Error(ErrorKind::kStore, directory + ": " + what + ": " + std::strerror(errno_value) + advice);
 }
 
-// An error's text as part of another text, without the "[csd:kind] " that leads it.
-std::string untagged(const Error& error) {
-  const std::string text = error.what();
-  return text.substr(text.find("] ") + 2);
-}
-
 void check_directory(const std::string& directory) {
   struct stat info;
   if (stat(directory.c_str(), &info) != 0) {

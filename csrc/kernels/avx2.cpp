@@ -1152,9 +1152,18 @@ inline __m256 load_x8(const typename D::Element* p, int64_t count) {
   return D::ordered(D::template load<true>(elements)).first;
 }
 
+// All bits of the first `count` of eight lanes.
 inline __m256i first_lanes(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count < 8 ? static_cast<int>(count) : 8), lane);
+}
+
+// Codes of up to eight elements, then zeros.
+template <typename D>
+inline __m256i codes_x8(const typename D::Element* p, int64_t count, __m256 zero, __m256 inverse,
+                        __m256 top) {
+  const __m256i code = code_x8(load_x8<D>(p, count), zero, inverse, top);
+  return _mm256_and_si256(code, first_lanes(count));
 }
 
 // The low bytes of eight words.
@@ -1182,7 +1191,7 @@ void quantise_weight_all(const void* source, int64_t in_features, uint8_t* row) 
       for (int64_t j = 0; j < kWeightGroup && first + j < in_features; j += 8) {
         const int64_t left = in_features - first - j;
         const __m256 x = load_x8<D>(elements + first + j, left);
-        const __m256 there = _mm256_castsi256_ps(first_lanes(left < 8 ? left : 8));
+        const __m256 there = _mm256_castsi256_ps(first_lanes(left));
         low = _mm256_min_ps(low, _mm256_blendv_ps(_mm256_set1_ps(kInfinity), x, there));
         high = _mm256_max_ps(high, _mm256_blendv_ps(_mm256_set1_ps(-kInfinity), x, there));
         nan = _mm256_fmadd_ps(x, _mm256_setzero_ps(), nan);
@@ -1203,16 +1212,17 @@ void quantise_weight_all(const void* source, int64_t in_features, uint8_t* row) 
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = (begin + i) * kWeightGroup;
       uint8_t* codes = row + (begin + i) * weight_group_bytes(kBits);
-      const auto code_of = [&](int64_t j) {
-        const int64_t left = in_features - first - j;
-        const __m256i code = code_x8(load_x8<D>(elements + first + j, left), _mm256_set1_ps(zero[i]),
-                                     _mm256_set1_ps(inverse[i]), top);
-        return _mm256_and_si256(code, first_lanes(left < 8 ? left : 8));
-      };
+      const auto* group = elements + first;
+      const int64_t left = in_features - first;
+      const __m256 zeros = _mm256_set1_ps(zero[i]);
+      const __m256 inverses = _mm256_set1_ps(inverse[i]);
       for (int64_t j = 0; j < kWeightGroup * kBits / 8; j += 8) {
-        const __m256i bytes =
-            kBits == 8 ? code_of(j)
-                       : _mm256_or_si256(code_of(j), _mm256_slli_epi32(code_of(j + kWeightGroup / 2), 4));
+        __m256i bytes = codes_x8<D>(group + j, left - j, zeros, inverses, top);
+        if (kBits == 4) {
+          const int64_t other = j + kWeightGroup / 2;
+          const __m256i high = codes_x8<D>(group + other, left - other, zeros, inverses, top);
+          bytes = _mm256_or_si256(bytes, _mm256_slli_epi32(high, 4));
+        }
         store_u8x8(codes + j, bytes);
       }
     }

@@ -31,6 +31,7 @@ TINY = {
     "decode": ["--context", "256", "--sweep", "128,256", "--long-context", "1k"],
     "prefill": ["--prompt", "256", "--chunk", "64"],
     "io": ["--size", "32MiB"],
+    "weights": ["--size", "16MB", "--prompt", "16"],
 }
 
 
@@ -51,7 +52,7 @@ def bench(csd, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", [command for command in TINY if command != "sparse"])
+@pytest.mark.parametrize("command", [command for command in TINY if command not in ("sparse", "weights")])
 def test_every_row_has_a_value_beside_another_or_says_why_not(bench, tmp_path, command):
     can_plot = importlib.util.find_spec("matplotlib") is not None
     result = bench(command, "--json", "-", *(["--plot", tmp_path / "plots"] if can_plot else []))
@@ -93,6 +94,26 @@ def test_sparse_rows_stand_beside_dense_attention_and_say_what_was_read(bench):
     assert all(row["value"] for row in rows.values())
 
 
+def test_weights_on_the_drive_stand_beside_the_drive_and_accelerate(bench):
+    result = bench("weights", "--memory-budget", "10MiB", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    drive = "time to read its bytes at the drive"
+    for name in ("as stored, batch 1", "int8, batch 1", "int4, batch 1", "as stored, batch 16"):
+        row = rows[f"decode, {name}, cold"]
+        assert row["value"] > 0 and row["beside"] and "GB a step at" in row["note"], name
+        # All of the int4 weights fit into memory.
+        assert name.startswith("int4") or any(other["name"].startswith(drive) for other in row["beside"]), name
+    assert rows["decode, as stored, memory of the process"]["value"] <= 2
+    assert any("K and V of" in name and row["value"] for name, row in rows.items())
+    assert any(name.startswith("prefill 16") and row["value"] for name, row in rows.items())
+    peer = rows["  peer: accelerate, disk offload"]
+    if importlib.util.find_spec("accelerate") is None:
+        assert "pip install 'torch_csd[bench]'" in peer["skipped"]
+    else:
+        assert peer["value"] > 0 and "logits differ" in peer["note"]
+
+
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16,int8", "int4"])
 def test_the_rows_are_of_the_types_asked_for(bench, kv_dtype):
     rows = json.loads(bench("attention", "--kv-dtype", kv_dtype, "--json", "-").stdout)["rows"]
@@ -131,6 +152,8 @@ def test_plots_without_matplotlib_say_how_to_get_it(bench, tmp_path, monkeypatch
         ("decode", ["--memory-budget", "some"], "a size must be"),
         ("decode", ["--sweep", "1k,x"], "a number of tokens must be"),
         ("prefill", ["--io-engine", "aio"], "io_engine must be one of"),
+        ("weights", ["--checkpoint", "/none/at/all"], "--checkpoint /none/at/all: no safetensors files there"),
+        ("weights", ["--size", "much"], "a size must be"),
         ("io", ["--size", "1MiB"], "--size must be at least 32MiB"),
         ("io", ["--directory", "/none/at/all"], "no such directory"),
         ("io", ["--json", "/none/at/all.json"], "--json /none/at/all.json: no such directory"),

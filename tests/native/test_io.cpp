@@ -358,6 +358,24 @@ static void test_transfer() {
   transfer.start(request, 4096);
   CHECK(transfer.error() == 0 && transfer.advance(-ENOSPC) == Step::kFinished && transfer.error() == ENOSPC);
 
+  // What must come at least has come: whole. What has been moved counts, and what was given to another queue.
+  IoRequest tail = request;
+  tail.least_bytes = 8192 + 100;
+  transfer.start(tail, 4096);
+  CHECK(transfer.advance(8192 + 100) == Step::kFinished && transfer.error() == 0);
+  transfer.start(tail, 4096);
+  CHECK(transfer.advance(4096 + 512) == Step::kResume && transfer.file_offset() == 8192 + 4096);
+  CHECK(transfer.rest().least_bytes == 4096 + 100 && transfer.rest().fd == -1);
+  CHECK(transfer.advance(4096 + 100) == Step::kFinished && transfer.error() == 0);
+  transfer.start(tail, 4096);
+  CHECK(transfer.advance(8192 + 99) == Step::kResume);
+  CHECK(transfer.advance(99) == Step::kFinished && transfer.error() == EIO);
+  tail.fd = 7;
+  tail.least_bytes = 1 << 20;  // more than there is to move
+  transfer.start(tail, 4096);
+  CHECK(transfer.rest().fd == 7 && transfer.rest().least_bytes == 12288);
+  CHECK(transfer.advance(12288) == Step::kFinished && transfer.error() == 0);
+
   // Nothing to move is done at once.
   transfer.start(make_request(IoOp::kRead, 0, {}, 0), 4096);
   CHECK(transfer.segment_count() == 0 && transfer.advance(0) == Step::kFinished && transfer.error() == 0);
@@ -512,6 +530,19 @@ static void test_limits_and_errors(const Case& c) {
   CHECK(carry_out(queue.get(), IoOp::kRead, kBlockBytes, {{buffer.data(), kBlockBytes}}) == EIO);
   CHECK(carry_out(queue.get(), IoOp::kRead, 1 << 20, {{buffer.data(), kBlockBytes}}) == EIO);
   CHECK(carry_out(queue.get(), IoOp::kRead, 0, {}) == 0);
+  const auto read_least = [&](int64_t offset, int64_t bytes, int64_t least) {
+    const std::vector<iovec> segments = {{buffer.data(), static_cast<size_t>(bytes)}};
+    IoRequest request = make_request(IoOp::kRead, offset, segments, 0);
+    request.least_bytes = least;
+    std::vector<IoCompletion> completions;
+    queue->submit(request);
+    queue->reap(true, &completions);
+    return completions.at(0).error;
+  };
+  CHECK(read_least(0, 2 * kBlockBytes, kBlockBytes + 900) == 0 &&
+        read_least(kBlockBytes, kBlockBytes, 900) == 0);
+  CHECK(read_least(0, 4 * kBlockBytes, 1) == 0 && read_least(0, 2 * kBlockBytes, kBlockBytes + 901) == EIO);
+  CHECK(read_least(0, 2 * kBlockBytes, 0) == EIO && read_least(1 << 20, kBlockBytes, 1) == EIO);
 
   const std::vector<iovec> segment = {{buffer.data(), static_cast<size_t>(kBlockBytes)}};
   for (int i = 0; i < kDepth; i++) queue->submit(make_request(IoOp::kRead, 0, segment, i));
@@ -556,6 +587,78 @@ static void test_destructor_waits(const Case& c) {
   close(fd);
 }
 
+// One queue, with a file of its own or without, reads others: each as its own mode wants it, and to its end,
+// which is inside a block.
+static void test_requests_of_other_files(const Case& c, bool own_file, bool other_mode) {
+  constexpr int64_t kFileBytes = (3 << 20) + 900;
+  constexpr int64_t kBytes = 128 << 10;
+  constexpr int kDepth = 5;
+  const bool direct_here = c.directory != "/dev/shm";
+  std::vector<int> fds;
+  for (int i = 0; i < 3; i++) {
+    const int fd = open_file(c.directory, false);
+    std::string bytes(kFileBytes, 0);
+    fill_expected(bytes.data(), i * kBlockBytes * 77, kFileBytes);
+    CHECK(write(fd, bytes.data(), kFileBytes) == kFileBytes);
+    const bool direct = direct_here && (other_mode ? i % 2 == 0 : c.direct);
+    CHECK(fcntl(fd, F_SETFL, direct ? O_DIRECT : 0) == 0);
+    fds.push_back(fd);
+  }
+  Buffer arena(kDepth * kBytes);
+  const auto engine = make_io_engine(c.engine, 2);
+  const auto queue = engine->make_queue(own_file ? fds[0] : -1, kDepth, named(c, {arena.all()}));
+  struct Place {
+    int file;
+    int64_t offset;
+    int64_t bytes;
+    iovec segment;
+  } places[kDepth];
+  std::vector<int> free_slots = {0, 1, 2, 3, 4};
+  const auto reap = [&] {
+    std::vector<IoCompletion> done;
+    queue->reap(true, &done);
+    for (const IoCompletion& completion : done) {
+      const Place& place = places[completion.tag];
+      CHECK(completion.error == 0);
+      CHECK(is_expected(arena.data() + static_cast<int64_t>(completion.tag) * kBytes,
+                        place.file * kBlockBytes * 77 + place.offset, place.bytes));
+      free_slots.push_back(static_cast<int>(completion.tag));
+    }
+  };
+  for (int64_t offset = 0; offset < kFileBytes; offset += kBytes) {
+    for (int file = 0; file < 3; file++) {
+      if (free_slots.empty()) reap();
+      const int slot = free_slots.back();
+      free_slots.pop_back();
+      char* base = arena.data() + slot * kBytes;
+      std::memset(base, 0x55, kBytes);
+      places[slot] = {
+          file, offset, std::min(kBytes, kFileBytes - offset), {base, static_cast<size_t>(kBytes)}};
+      IoRequest request;
+      request.file_offset = offset;
+      request.segments = &places[slot].segment;
+      request.segment_count = 1;
+      request.tag = static_cast<uint64_t>(slot);
+      if (!own_file || file != 0) request.fd = fds[static_cast<size_t>(file)];
+      request.least_bytes = places[slot].bytes;
+      queue->submit(request);
+    }
+  }
+  while (queue->in_flight() > 0) reap();
+  for (const int fd : fds) close(fd);
+}
+
+static void test_other_files(const Case& c) {
+  for (const bool own_file : {true, false}) {
+    for (const bool other_mode : {true, false}) {
+      test_requests_of_other_files(c, own_file, other_mode);
+      fault = Fault::kMixed;
+      test_requests_of_other_files(c, own_file, other_mode);
+      fault = Fault::kNone;
+    }
+  }
+}
+
 // Linux 6.18 was seen to keep a write in its work queue with no thread to take it.
 static void test_lost_requests_are_asked_for_again(const Case& c) {
   if (c.engine != "io_uring") return;
@@ -585,12 +688,18 @@ static void test_refused_in_the_middle(const Case& c) {
   for (const Fault beside : {Fault::kNone, Fault::kMixed}) {
     for (const int64_t calls : {0, 1, 2, 5, 8, 20, 47}) {
       enter_error = calls % 2 == 0 ? EPERM : EBADF;
-      enters_left = calls;
-      fault = beside;
-      test_random_writes_then_reads(c, 20);
-      fault = Fault::kNone;
-      CHECK(enters_refused > 0);
-      allow_enter();
+      for (const bool others : {false, true}) {
+        enters_left = calls;
+        fault = beside;
+        if (others) {
+          test_requests_of_other_files(c, calls % 3 == 0, true);
+        } else {
+          test_random_writes_then_reads(c, 20);
+        }
+        fault = Fault::kNone;
+        CHECK(enters_refused > 0);
+        allow_enter();
+      }
     }
   }
 }
@@ -1094,6 +1203,85 @@ static void test_reading_from_a_directory_that_cannot_be_written(const std::stri
   rmdir(closed.c_str());
 }
 
+// ---- files of others
+// ---------------------------------------------------------------------------------------------
+
+static void test_input_files(const std::string& directory, const std::string& engine, bool wants_direct) {
+  const std::string path = directory + "/input";
+  const std::string link = directory + "/link";
+  CHECK(symlink("input", link.c_str()) == 0);
+  for (const size_t bytes : {size_t{0}, size_t{1}, size_t{4095}, size_t{4096}, size_t{10000}}) {
+    file_of(directory, "input", std::string(bytes, 'x'));
+    CHECK(chmod(path.c_str(), 0444) == 0);  // whoever may read it
+    CHECK(::link(path.c_str(), (directory + "/again").c_str()) == 0);
+    struct stat before, after;
+    CHECK(stat(path.c_str(), &before) == 0);
+    for (const std::string& name : {path, link}) {
+      const OpenedFile file = open_input_file(name, engine);
+      if (bytes != 10000) std::printf("  %s\n", file.reason.c_str());
+      const int flags = fcntl(file.fd, F_GETFL);
+      CHECK((flags & O_ACCMODE) == O_RDONLY && (flags & O_NONBLOCK) == 0);
+      CHECK(((flags & O_DIRECT) != 0) == wants_direct && file.direct_io == wants_direct);
+      CHECK((fcntl(file.fd, F_GETFD) & FD_CLOEXEC) != 0 && file.path == name);
+      CHECK(engine == "auto" || engine == file.engine);
+      const std::string what = "read " + std::to_string(std::min<size_t>(bytes, 4096)) + " bytes";
+      CHECK(file.reason.find(file.engine) == 0 && file.reason.find(what) != std::string::npos);
+      std::fflush(stdout);
+      const pid_t child = fork();
+      if (child == 0)
+        _exit((fcntl(file.fd, F_GETFL) & O_ACCMODE) == O_RDONLY && lseek(file.fd, 0, SEEK_END) == 0);
+      int status = 0;  // there it is /dev/null
+      CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 1);
+      close_file(file.fd);
+    }
+    CHECK(stat(path.c_str(), &after) == 0 && after.st_mtim.tv_nsec == before.st_mtim.tv_nsec);
+    unlink((directory + "/again").c_str());
+    unlink(path.c_str());
+  }
+  unlink(link.c_str());
+}
+
+static void test_what_cannot_be_an_input_is_refused(const std::string& directory) {
+  const std::string path = directory + "/there";
+  const auto refused = [](const std::string& name, const std::string& why) {
+    return throws(ErrorKind::kStore, name + ": " + why, [&] { open_input_file(name, "auto"); });
+  };
+  CHECK(refused(path, "opening the file to read: No such file or directory; name a file that is there"));
+  CHECK(refused(path + "/deeper", "opening the file to read: No such file or directory"));
+  CHECK(throws(ErrorKind::kValue, "io_engine must be", [&] { open_input_file(path, "uring"); }));
+  CHECK(symlink("there", path.c_str()) == 0);
+  CHECK(
+      refused(path, "opening the file to read: Too many levels of symbolic links; name a file, not a ring"));
+  unlink(path.c_str());
+  CHECK(symlink("nowhere", path.c_str()) == 0);
+  CHECK(refused(path, "opening the file to read: No such file or directory"));
+  unlink(path.c_str());
+  CHECK(mkfifo(path.c_str(), 0600) == 0);
+  CHECK(refused(path, "wanted a regular file, this is a FIFO; name a file"));
+  unlink(path.c_str());
+  CHECK(refused(directory, "wanted a regular file, this is a directory"));
+  CHECK(refused("/dev/null", "wanted a regular file, this is a device"));
+  file_of(directory, "there", "x");
+  CHECK(refused(path + "/deeper", "opening the file to read: Not a directory"));
+  std::fflush(stdout);
+  CHECK(chmod(path.c_str(), 0000) == 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (geteuid() == 0) CHECK(setuid(65534) == 0);
+    // The way here may be closed to that user.
+    if (access(path.c_str(), F_OK) == 0) {
+      CHECK(refused(path, "opening the file to read: Permission denied; let user"));
+    } else {
+      std::printf("  not tested: user 65534 cannot come to %s\n", path.c_str());
+    }
+    std::fflush(stdout);
+    _exit(0);
+  }
+  int status = 0;
+  CHECK(waitpid(child, &status, 0) == child && status == 0);
+  unlink(path.c_str());
+}
+
 // Everything of ours is aligned to 4096 bytes: enough for drives that want 512 or 4096, and told where not.
 static void test_alignments(const std::string& directory) {
   for (const uint32_t enough : {512u, 4096u}) {
@@ -1187,6 +1375,7 @@ int main(int argc, char** argv) {
       test_random_writes_then_reads(c, 200);
       test_faults_are_resumed(c);
       test_many_segments(c);
+      test_other_files(c);
       test_limits_and_errors(c);
       test_destructor_waits(c);
       test_threads(c);
@@ -1222,6 +1411,11 @@ int main(int argc, char** argv) {
     test_durable_files(directory, engine, direct_works && !is_tmpfs(directory));
   test_durable_files("/dev/shm", "auto", false);
   test_what_is_not_a_file_of_ours_is_refused(directory);
+  std::printf("files of others\n");
+  for (const std::string& engine : engines)
+    test_input_files(directory, engine, direct_works && !is_tmpfs(directory));
+  test_input_files("/dev/shm", "auto", false);
+  test_what_cannot_be_an_input_is_refused(directory);
   test_reading_from_a_directory_that_cannot_be_written(directory);
   test_reading_from_a_directory_that_cannot_be_written("/dev/shm");
   if (direct_works && !is_tmpfs(directory)) test_alignments(directory);

@@ -15,11 +15,24 @@ SHARD_BYTES = 2 * 2**30
 
 
 def llama_config(size_bytes: int, *, vocab_size: int = 32_000) -> LlamaConfig:
-    """Of about ``size_bytes`` of bfloat16 weights: the layers of Llama-3.2-3B, as many as it takes."""
-    shape = dict(hidden_size=3072, intermediate_size=8192, num_attention_heads=24, num_key_value_heads=8, head_dim=128)
-    attention = 2 * 3072 * (24 + 8) * 128
-    layer_bytes = 2 * (attention + 3 * 3072 * 8192 + 2 * 3072)
-    layer_count = max(round((size_bytes - 2 * 2 * vocab_size * 3072) / layer_bytes), 1)
+    """Of about ``size_bytes`` of bfloat16 weights: the layers of Llama-3.2-3B, as many as it takes.
+
+    Below 1 GiB, which is two of them, layers of a sixth of that width.
+    """
+    width = 6 if size_bytes >= 2**30 else 1  # times 512
+    hidden, heads = 512 * width, 4 * width
+    vocab_size = vocab_size if width == 6 else min(vocab_size, 1024)
+    kv_heads = 8 if width == 6 else 2
+    shape = dict(
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=128,
+    )
+    attention = 2 * hidden * (heads + kv_heads) * 128
+    layer_bytes = 2 * (attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden)
+    layer_count = max(round((size_bytes - 2 * 2 * vocab_size * hidden) / layer_bytes), 1)
     return LlamaConfig(
         vocab_size=vocab_size,
         num_hidden_layers=layer_count,

@@ -25,8 +25,8 @@ def has_fio() -> bool:
     return shutil.which("fio") is not None
 
 
-class DriveRoof:
-    """How fast one file on the drive can be read with O_DIRECT, past the page cache. Writes the file, removes it.
+class FileRoof:
+    """How fast one file on the drive can be read with O_DIRECT, past the page cache. Only reads it.
 
     fio reads into ordinary 4 KiB pages, as its defaults are. `own` is our own reader, into huge pages: on drives that
     take few segments a request (virtio) that alone is worth a factor, so both are worth knowing.
@@ -34,28 +34,16 @@ class DriveRoof:
     Raises OSError where the file system has no O_DIRECT.
     """
 
-    def __init__(self, directory: str, file_bytes: int) -> None:
-        self.path = os.path.join(directory, f".torch_csd-roof-{os.getpid()}")
+    def __init__(self, path: str, file_bytes: int) -> None:
+        """file_bytes: that are read of it; at least 32 MiB."""
+        self.path = path
         self.file_bytes = max(file_bytes // (32 * MIB), 1) * 32 * MIB  # whole shares of 8 jobs x 4 MiB
-        buffer = mmap.mmap(-1, 4 * MIB)
-        buffer.write(os.urandom(4 * MIB))
-        file = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
-        try:
-            os.posix_fallocate(file, 0, self.file_bytes)
-            for _ in range(self.file_bytes // (4 * MIB)):
-                os.write(file, buffer)
-            os.fsync(file)
-        except BaseException:
-            os.unlink(self.path)
-            raise
-        finally:
-            os.close(file)
 
-    def __enter__(self) -> DriveRoof:
+    def __enter__(self) -> FileRoof:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.unlink(self.path)
+        pass
 
     def __call__(self) -> dict[str, float]:
         """GB/s by name: FIO where fio is installed, and OWN."""
@@ -107,6 +95,29 @@ class DriveRoof:
         for reader in readers:
             reader.join()
         return share * threads / elapsed_s / 1e9
+
+
+class DriveRoof(FileRoof):
+    """The same of a file in the directory, which it writes and removes."""
+
+    def __init__(self, directory: str, file_bytes: int) -> None:
+        super().__init__(os.path.join(directory, f".torch_csd-roof-{os.getpid()}"), file_bytes)
+        buffer = mmap.mmap(-1, 4 * MIB)
+        buffer.write(os.urandom(4 * MIB))
+        file = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600)
+        try:
+            os.posix_fallocate(file, 0, self.file_bytes)
+            for _ in range(self.file_bytes // (4 * MIB)):
+                os.write(file, buffer)
+            os.fsync(file)
+        except BaseException:
+            os.unlink(self.path)
+            raise
+        finally:
+            os.close(file)
+
+    def __exit__(self, *exception: object) -> None:
+        os.unlink(self.path)
 
 
 def drive_roof_name(roofs: dict[str, float]) -> str:

@@ -292,6 +292,56 @@ def prefill(
 
 
 @app.command()
+def weights(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Hugging Face checkpoint. Default: a random Llama of --size, made and removed.", metavar="DIR"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of that Llama. Default: 6.2GB, quick: 32MB.", metavar="SIZE")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="That a process may keep in memory (RLIMIT_DATA). Default: 2GiB.", metavar="SIZE")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Tokens of a prefill. Default: 512, quick: 64.", metavar="N")
+    ] = None,
+    directory: Directory = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Of weights in memory, ours and accelerate's. Default: 1280MiB, quick: 12MiB.", metavar="SIZE"
+        ),
+    ] = None,
+    threads: Threads = None,
+    io_engine: IoEngine = "auto",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Interleaved rounds, for medians. Default: 5, quick: 3.")
+    ] = None,
+    quick: Quick = False,
+    json_to: Json = None,
+) -> None:
+    """A checkpoint larger than memory: load, decode and prefill from the drive, beside accelerate's disk offload."""
+    with _user_errors():
+        memory_budget = memory_budget or ("12MiB" if quick else "1280MiB")
+        rounds = rounds or (3 if quick else 5)
+        settings = _settings(directory, memory_budget, threads, io_engine, "bfloat16", rounds, quick, json_to, None)
+        from torch_csd.bench import weights as bench
+        from torch_csd.bench.report import Report
+
+        sizes = bench.Sizes.make(size, limit, prompt, quick=quick)
+        if checkpoint is not None and not any(checkpoint.glob("*.safetensors")):
+            raise UserError(f"--checkpoint {checkpoint}: no safetensors files there")
+        title = f"weights on the drive: {checkpoint or f'a random Llama of {sizes.size_bytes / 1e9:.1f} GB'}"
+        title += f", {settings.budget_bytes / 2**20:.0f} MiB of them in memory"
+        report = Report("weights", title, settings, json_to=json_to)
+        bench.run(settings, report, sizes, checkpoint)
+        report.finish()
+
+
+@app.command()
 def io(
     size: Annotated[
         str | None, typer.Option(help="Bytes of the file that is read. Default: 1GiB, quick: 128MiB.", metavar="SIZE")

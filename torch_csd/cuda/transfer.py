@@ -173,15 +173,19 @@ class ForeignFile(OpenFile):
     def is_as_it_was(self) -> bool:
         return self._version() == self.version
 
+    def refresh(self) -> None:
+        """Takes the file as it is now."""
+        self.version = self._version()
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _version(self) -> tuple[int, int]:
-        """Bytes, and when it was last written to, in ns."""
+    def _version(self) -> tuple[int, int, int, int]:
+        """Bytes, when it was last written to, in ns, and which file it is."""
         found = os.fstat(self._descriptor)
-        return found.st_size, found.st_mtime_ns
+        return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
 
 def closed_error() -> StoreClosedError:

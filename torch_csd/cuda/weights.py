@@ -120,8 +120,13 @@ class WeightCard:
         except StoreError as error:  # though it works for files beside it: not silently
             warnings.warn(f"{file.path}: going by pinned memory: {error}", stacklevel=3)
             return
-        if opened.version == (file.byte_count, file.mtime_ns):  # else the reader says what became of it
-            self._files[file.number] = opened
+        if opened.version == (file.byte_count, file.mtime_ns, file.device, file.inode):
+            self._files[file.number] = opened  # else the reader says what became of it
+
+    def refresh(self, file: InputFile) -> None:
+        """The file was written to, and is taken as it is now."""
+        if file.number in self._files:
+            self._files[file.number].refresh()
 
     def new_memory(self, byte_count: int) -> Tensor | None:
         """Device memory for what stays. None: the card has none left, which is told once."""

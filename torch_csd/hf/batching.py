@@ -23,6 +23,7 @@ from torch_csd.weights.tensor import FileTensor
 
 ACTIVATION_BYTES = 256 * 2**20  # of one micro-batch's prompts in the widest layer
 MICRO_BATCHES_MAX = 8
+MICRO_BATCH_BUDGET_MIN = 16 * 2**20  # of the KV store that each has
 BATCH_SIZE_MAX = 256
 _NEAR_BEST = 0.95  # of the most tokens/s: a larger batch only makes everyone wait
 _GEMM_BYTES = 16 * 2**20  # of the weight that arithmetic is timed with: more than a cache holds
@@ -118,7 +119,8 @@ def choose_batch(
     on_drive = batch_size * work.row_kv_bytes > work.kv_budget_bytes
     if side_by_side and on_drive:
         rows = max(tokens_at_once // (prefill_chunk_size or longest), 1)
-        micro_batch_count = min(-(-batch_size // rows), MICRO_BATCHES_MAX, batch_size)
+        stores_max = max(work.kv_budget_bytes // MICRO_BATCH_BUDGET_MIN, 1)
+        micro_batch_count = min(-(-batch_size // rows), MICRO_BATCHES_MAX, batch_size, stores_max)
     rows = -(-batch_size // micro_batch_count)
     if prefill_chunk_size is None and rows * longest > tokens_at_once:
         prefill_chunk_size = max(tokens_at_once // rows, 16)

@@ -29,17 +29,21 @@ from torch_csd.hf.swap import swap_attention
 from torch_csd.weights.convert import WEIGHT_BITS, Target, conversion_path, convert
 from torch_csd.weights.files import Header, read_header
 from torch_csd.weights.functions import SMALL_BYTES
-from torch_csd.weights.layout import Layout, Region, as_read, byte_count
+from torch_csd.weights.layout import Layout, Region, Scaled, as_read, byte_count
+from torch_csd.weights.openmp import let_idle_threads_sleep
 from torch_csd.weights.stream import Stream
 from torch_csd.weights.tensor import FileTensor
 
 # Modules that choose experts: small, and every choice depends on them.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
+# Beside fp8 weights: theirs, and those of activations, which stay as they are here.
+_SCALES = ("_scale_inv", ".input_scale", ".activation_scale")
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@torch.inference_mode(False)  # parameters outlive the mode that they are made in
+@torch.inference_mode(False)  # in which transformers would leave the modules without weights
 def load_checkpoint(
     path_or_name: str | os.PathLike[str],
     memory_budget: int | str = "4GiB",
@@ -100,7 +104,7 @@ def load_checkpoint(
         )
     path = os.fspath(path_or_name)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub)
-    _check_quantisation(config, path)
+    block = _block_scaled(config, path)
     headers = [read_header(file) for file in _weight_files(path, hub)]
     dtype = _parse_dtype(dtype, config, headers)
     device = torch.device(device)
@@ -114,6 +118,8 @@ def load_checkpoint(
     )
     try:
         tensors = {name: tensor for header in headers for name, tensor in _tensors(header, stream)}
+        if block is not None:
+            tensors = _with_scales(tensors, block, dtype)
         model_class = _model_class(config, path, auto_class, trust_remote_code, hub)
         chosen = {} if attn_implementation == "csd" else {"attn_implementation": attn_implementation}
         model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **chosen)
@@ -127,6 +133,7 @@ def load_checkpoint(
         model.generation_config = _generation_config(path, config, hub)
     model.requires_grad_(False).eval()
     model.weight_stream = stream
+    let_idle_threads_sleep()
     if weight_dtype is not None:
         _quantise(model, weight_dtype, scratch_directory(weight_directory), verify_weights)
     _expect(model, stream)
@@ -203,14 +210,55 @@ def _tensors(header: Header, stream: Stream) -> Iterator[tuple[str, FileTensor]]
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _check_quantisation(config: PretrainedConfig, path: str) -> None:
+def _block_scaled(config: PretrainedConfig, path: str) -> tuple[int, int] | None:
+    """Takes the quantisation out of the config: the block of each scale, or None where nothing is quantised.
+
+    Raises:
+        NotImplementedError: it is of a kind that cannot be computed with as it is stored.
+    """
     quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    if quantisation is None:
+        return None
+    quantisation = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    if quantisation.get("quant_method") != "fp8":
         raise NotImplementedError(
-            f"{path}: its weights are quantised ({method}), and cannot be computed with from the drive as they are; "
-            f"use the checkpoint that is not quantised, with weight_dtype if need be"
+            f"{path}: its weights are quantised ({quantisation.get('quant_method')}); of quantised checkpoints only "
+            f"those of fp8 with scales can be computed with as they are stored; use the one that is not quantised, "
+            f"with weight_dtype if need be"
         )
+    del config.quantization_config
+    return tuple(quantisation.get("weight_block_size") or (0, 0))
+
+
+def _with_scales(tensors: dict[str, FileTensor], block: tuple[int, int], dtype: torch.dtype) -> dict[str, FileTensor]:
+    """The same with each fp8 weight and its scales as one tensor of ``dtype``."""
+    scaled = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_SCALES):
+            continue
+        scales = tensors.get(f"{name}_scale_inv")
+        if scales is None:
+            scaled[name] = tensor
+            continue
+        layout, grid = tensor._layout, scales._layout
+        while len(grid.shape) < 2:  # one scale for all of it
+            grid = grid.apply(torch.ops.aten.unsqueeze.default, (0,), {})
+        # Of the size that the config says, the last of each side cut short; or as the grid divides the weight.
+        sides = tuple(
+            wanted if wanted > 0 and -(-size // wanted) == count else size // count
+            for size, count, wanted in zip(layout.shape[-2:], grid.shape[-2:], block, strict=True)
+        )
+        fits = all(
+            side > 0 and -(-size // side) == count
+            for size, side, count in zip(layout.shape[-2:], sides, grid.shape[-2:], strict=True)
+        )
+        if layout.dtype.itemsize != 1 or not layout.dtype.is_floating_point or not fits:
+            raise CheckpointError(
+                f"{layout.leaves[0].file.path}: tensor {name!r}: wanted fp8 elements and a scale for each block of "
+                f"{list(block)}, got {layout.dtype} {list(layout.shape)} and {list(grid.shape)} scales"
+            )
+        scaled[name] = tensor.with_layout(Scaled(layout, grid, sides, dtype), dtype=dtype)
+    return scaled
 
 
 def _parse_dtype(dtype: torch.dtype | str, config: PretrainedConfig, headers: list[Header]) -> torch.dtype:
@@ -294,13 +342,13 @@ class _Progress:
     def __init__(self, weight_dtype: str) -> None:
         self.text = f"Converting weights to {weight_dtype}"
         self.bar: Any = None
-        self.shown = 0
+        self.done = 0  # the bar may be none at all, and not know
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
             self.bar = transformers.utils.logging.tqdm(desc=self.text, total=total, unit="B", unit_scale=True)
-        self.bar.update(done - self.shown)
-        self.shown = done
+        self.bar.update(done - self.done)
+        self.done = done
         if done == total:
             self.bar.close()
 

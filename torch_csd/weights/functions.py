@@ -23,13 +23,19 @@ SMALL_BYTES = 2**20
 
 _FUNCTIONS: dict[Callable, Callable] = {}
 _ATEN: dict[Callable, Callable] = {}
-_DATA = torch.Tensor.data.__get__
+_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
 
 
 def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``__torch_function__`` of FileTensor, subclass handling already off."""
     if func == _DATA:  # torch's own loses what it does not know of
         return args[0].detach()
+    if func == _SET_DATA:
+        tensor, value = args
+        if not (isinstance(tensor, FileTensor) and isinstance(value, FileTensor)):
+            raise NotImplementedError("FileTensor: .data of what is in a file and of what is in memory do not mix")
+        tensor.become(value)
+        return func(tensor, value)
     if func.__name__ in ("__get__", "__set__"):  # shape, dtype, requires_grad ...
         return func(*args, **kwargs)
     handler = _FUNCTIONS.get(func)
@@ -45,13 +51,13 @@ def call_aten(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     handler = _ATEN.get(func)
     if handler is not None:
         return handler(*args, **kwargs)
-    if _is_view(func):
-        return _lazy_view(func, args, kwargs)
     # Under inference_mode composite ops (flatten, einsum, to) arrive whole; what they consist of may be in the table.
     result = func.decompose(*args, **kwargs)
     if result is not NotImplemented:
         return result
-    if func._schema.is_mutable:
+    if _is_view(func) and isinstance(args[0], FileTensor):
+        return _lazy_view(func, args, kwargs)
+    if any(isinstance(value, FileTensor) for value in _mutated(func, args, kwargs)):
         raise NotImplementedError(
             f"FileTensor: {func} would change it, and files are only read; use .write_(), or .to_dense() first"
         )
@@ -64,17 +70,26 @@ def _is_view(func: Callable) -> bool:
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
+def _mutated(func: Callable, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    values = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            values += value if isinstance(value, (list, tuple)) else [value]
+    return values
+
+
 def _lazy_view(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensor = args[0]
-    cast = tensor.dtype != tensor._layout.dtype
-    layouts = None if cast and func is aten.view.dtype else tensor._layout.apply(func, args[1:], kwargs)
-    if layouts is None:
+    layouts = tensor._layout.apply(func, args[1:], kwargs)
+    parts = layouts if isinstance(layouts, list) else [layouts]
+    # What is converted as it is read has no bytes to be seen as another dtype.
+    if None in parts or (tensor._casts and any(part.dtype != tensor._layout.dtype for part in parts)):
         raise NotImplementedError(
             f"FileTensor: {func} of {tensor!r} cannot be a view of the file; use .to_dense() first"
         )
-    if isinstance(layouts, list):
-        return [tensor.with_layout(layout) for layout in layouts]
-    return tensor.with_layout(layouts, dtype=layouts.dtype if func is aten.view.dtype else None)
+    views = [tensor.with_layout(part) for part in parts]
+    return views if isinstance(layouts, list) else views[0]
 
 
 def _small(func: Callable, values: Any) -> Any:
@@ -101,9 +116,8 @@ def _kept(tensor: FileTensor | None) -> Tensor | None:
 
 
 def as_computed(stored: Tensor, tensor: FileTensor) -> Tensor:
-    """What was read of a tensor, as its device and its dtype have it: converted there."""
-    stored = stored.to(tensor.device)
-    return dense(stored, tensor._layout, on_card=is_on_card(tensor)).to(tensor.dtype)
+    """What was read of a tensor, on its device and with its dtype: converted there."""
+    return tensor.converted(dense(stored.to(tensor.device), tensor._layout, on_card=is_on_card(tensor)))
 
 
 def is_on_card(tensor: FileTensor) -> bool:
@@ -129,8 +143,8 @@ def _aten(*functions: Callable) -> Callable[[Callable], Callable]:
 def _check_frozen(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise NotImplementedError(
-            "FileTensor: results are not differentiable, and an input requires a gradient; call it under "
-            "torch.no_grad(), or use .to_dense() first"
+            "FileTensor: results are not differentiable, and an input or a weight requires a gradient; call it under "
+            "torch.no_grad(), use .requires_grad_(False), or .to_dense() first"
         )
 
 
@@ -143,21 +157,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, FileTensor) or isinstance(input, FileTensor):
         return NotImplemented
     bias = _kept(bias)
-    _check_frozen(input, bias)
+    _check_frozen(input, weight, bias)
     if isinstance(weight._layout, Codes):
         return _linear_of_codes(input, weight, bias)
     stream = weight._stream
     dim, pieces = stream.pieces(weight._layout)
     if len(pieces) == 1:
         with stream.use(pieces[0], routed=weight._routed) as dense:
-            return functional.linear(input, dense.to(weight.device, weight.dtype), bias)
-    if dim == 0:
+            return functional.linear(input, weight.converted(dense), bias)
+    if dim == 0 and weight.dim() > 1:
         outs, begin = [], 0
         for piece in pieces:
             end = begin + piece.shape[0]
             part = None if bias is None else bias[begin:end]
             with stream.use(piece, routed=weight._routed) as dense:
-                outs.append(functional.linear(input, dense.to(weight.device, weight.dtype), part))
+                outs.append(functional.linear(input, weight.converted(dense), part))
             begin = end
         return torch.cat(outs, dim=-1)
     return _sum_over_pieces(input, weight, pieces, bias)
@@ -183,16 +197,18 @@ def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> 
 
 
 def _sum_over_pieces(input: Tensor, weight: FileTensor, pieces: list[Layout], bias: Tensor | None) -> Tensor:
-    """A weight whose input features are the rows of the file: partial sums, added in float32."""
+    """A weight whose input features are the rows of the file: partial sums, half precision added in float32."""
     total, begin = None, 0
     for piece in pieces:
-        end = begin + piece.shape[1]
+        end = begin + piece.shape[-1]
         with weight._stream.use(piece, routed=weight._routed) as dense:
-            part = functional.linear(input[..., begin:end], dense.to(weight.device, weight.dtype)).float()
+            part = functional.linear(input[..., begin:end], weight.converted(dense))
+        if part.dtype in (torch.bfloat16, torch.float16):
+            part = part.float()
         total = part if total is None else total.add_(part)
         begin = end
     if bias is not None:
-        total.add_(bias)
+        total = total + bias
     return total.to(input.dtype)
 
 
@@ -222,6 +238,8 @@ def _batched(input: Tensor, other: Tensor) -> Tensor:
         return NotImplemented
     if other.dim() == 2:
         return linear(input, other.t())
+    if 0 in other.shape[:-2]:
+        return input.new_zeros((*input.shape[:-1], other.shape[-1]))
     return torch.stack([_batched(each, stored) for each, stored in zip(input, other, strict=True)])
 
 
@@ -255,7 +273,7 @@ def _grouped_mm(
     mixture. Those that have no rows are not read; those that have are announced, all at once."""
     if not isinstance(mat_b, FileTensor) or mat_b.dim() != 3 or mat_a.dim() != 2 or bias is not None or offs is None:
         return NotImplemented
-    _check_frozen(mat_a)
+    _check_frozen(mat_a, mat_b)
     ends = offs.tolist()
     spans = [(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
     routed = {expert: mat_b[expert].t() for expert, (begin, end) in enumerate(spans) if end > begin}
@@ -308,11 +326,11 @@ def embedding(
 
 def _rows(tensor: FileTensor, index: Tensor) -> Tensor:
     """tensor[index]: [*index.shape, *tensor.shape[1:]]."""
+    _check_frozen(tensor)
     flat = index.reshape(-1).to("cpu", torch.int64)
     count = tensor.shape[0]
-    flat = torch.where(flat < 0, flat + count, flat)
     if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < count):
-        raise IndexError(f"index out of range: wanted rows of [0, {count}), got {index.min()} to {index.max()}")
+        raise IndexError(f"index out of range: wanted rows of [0, {count}), got {flat.min()} to {flat.max()}")
     if byte_count(tensor._layout) <= SMALL_BYTES:
         rows = _kept(tensor)[flat.to(tensor.device)]
     else:
@@ -336,8 +354,27 @@ def _index(tensor: FileTensor, indices: list[Tensor | None]) -> Tensor:
         if first is not None:
             if first.dim() == 0:
                 return tensor.select(0, int(first))
-            return _rows(tensor, first)
+            return _rows(tensor, torch.where(first < 0, first + tensor.shape[0], first))
     return aten.index.Tensor(*_small(aten.index.Tensor, (tensor, indices)))
+
+
+# ---- what looks into memory -----------------------------------------------------------------------------------------
+
+
+def _register_in_memory(function: Callable) -> None:
+    @_function(function)
+    def in_memory(tensor: FileTensor, *args: Any, **kwargs: Any) -> Any:
+        return function(_small(function.__qualname__, tensor).clone(), *args, **kwargs)
+
+
+# They look where torch says that the elements are, and a stored tensor has none there.
+for _name in ("numpy", "__array__", "tolist", "__dlpack__"):
+    _register_in_memory(getattr(torch.Tensor, _name))
+
+
+@_function(torch.Tensor.share_memory_)
+def _no_memory(tensor: Tensor) -> Tensor:
+    raise NotImplementedError(f"FileTensor: {tensor!r} has no memory of its own; use .to_dense() first")
 
 
 # ---- what stays lazy -------------------------------------------------------------------------------------------------
@@ -403,7 +440,7 @@ def _all_alike(tensors: tuple[Tensor, ...]) -> bool:
     return all(
         tensor._stream is first._stream
         and not isinstance(tensor._layout, Codes)
-        and tensor.dtype == first.dtype
+        and tensor._casts == first._casts
         and tensor._layout.dtype == first._layout.dtype
         for tensor in tensors
     )

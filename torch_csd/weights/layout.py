@@ -16,10 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_csd.catalogue import BLOCK_BYTES
+
 aten = torch.ops.aten
 
 # A region is read as one range while at least this share of the range is wanted; else by its rows.
 _WANTED_SHARE = 0.5
+# And while its rows are this near to each other: each would take a block or two of its own.
+_PITCH_BYTES = 2 * BLOCK_BYTES
 
 
 class InputFile(NamedTuple):
@@ -29,6 +33,8 @@ class InputFile(NamedTuple):
     number: int  # the reader's
     byte_count: int
     mtime_ns: int
+    device: int
+    inode: int
 
 
 class Range(NamedTuple):
@@ -82,7 +88,11 @@ class Region:
     def _of(self, meta: Tensor) -> Region | None:
         same_memory = meta.untyped_storage()._cdata == self.meta.untyped_storage()._cdata
         plain = not (meta.is_conj() or meta.is_neg()) and all(step >= 0 for step in meta.stride())
-        return Region(self.file, self.offset, meta) if same_memory and plain else None
+        if not (same_memory and plain):
+            return None
+        region = Region(self.file, self.offset, meta)
+        # as_strided of a meta tensor goes anywhere.
+        return region if region.span[1] * region.dtype.itemsize <= meta.untyped_storage().nbytes() else None
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -104,6 +114,8 @@ class Region:
         if end - begin <= 1 or distinct >= _WANTED_SHARE * (end - begin):
             return (self,)
         widest = max(range(len(steps)), key=lambda dim: steps[dim] if self.meta.shape[dim] > 1 else -1)
+        if steps[widest] * self.dtype.itemsize < _PITCH_BYTES:
+            return (self,)
         return tuple(
             leaf
             for index in range(self.meta.shape[widest])
@@ -163,6 +175,7 @@ class Join:
                     f"stored tensors of shapes {[list(part.shape) for part in parts]:} and dtypes "
                     f"{[part.dtype for part in parts]} do not fit together along dim {dim}"
                 )
+        parts = [part for part in parts if part.shape[dim] > 0] or parts[:1]
         flat = [
             inner for part in parts for inner in (part.parts if isinstance(part, Join) and part.dim == dim else (part,))
         ]
@@ -225,7 +238,44 @@ class Codes:
         return None if handler is None else handler(self, *args, **kwargs)
 
 
-Layout = Region | Join | Codes
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A weight [..., out, in] stored as ``values`` of less precision and a grid of ``scales`` [..., rows, columns], of
+    which each covers a block: value * scale (DeepSeek-V3, 2412.19437, section 3.3.2, with blocks of 128 x 128)."""
+
+    values: Layout
+    scales: Layout
+    block: tuple[int, int]
+    dtype: torch.dtype  # of the product
+    begin: tuple[int, int] = (0, 0)  # of the first element, in its block
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def key(self) -> tuple:
+        return (self.dtype, self.begin, self.values.key, self.scales.key)
+
+    @cached_property
+    def leaves(self) -> tuple[Region, ...]:
+        return self.values.leaves + self.scales.leaves
+
+    def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
+        values = self.values.assemble(leaves).float()
+        scales = self.scales.assemble(leaves)
+        # E8M0 in bytes: exponents (OCP MX specification 1.0, section 5.4.1).
+        scales = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+        for dim, (block, begin) in zip((-2, -1), zip(self.block, self.begin, strict=True), strict=True):
+            scales = scales.repeat_interleave(block, dim).narrow(dim, begin, values.shape[dim])
+        return values.mul_(scales).to(self.dtype)
+
+    def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
+        handler = _SCALED_VIEWS.get(func)
+        return None if handler is None else handler(self, *args, **kwargs)
+
+
+Layout = Region | Join | Codes | Scaled
 
 
 def numel(layout: Layout) -> int:
@@ -236,10 +286,14 @@ def byte_count(layout: Layout) -> int:
     """Of its elements as stored."""
     if isinstance(layout, Codes):
         return byte_count(layout.rows)
+    if isinstance(layout, Scaled):
+        return byte_count(layout.values)
+    if isinstance(layout, Join):
+        return sum(byte_count(part) for part in layout.parts)
     return numel(layout) * layout.dtype.itemsize
 
 
-def as_read(layout: Layout) -> Region | Join:
+def as_read(layout: Layout) -> Region | Join | Scaled:
     """What is read for it."""
     return layout.rows if isinstance(layout, Codes) else layout
 
@@ -327,10 +381,9 @@ def _permute(join: Join, dims: Sequence[int]) -> Layout | None:
 
 @_join_view(aten.transpose.int)
 def _transpose(join: Join, dim0: int, dim1: int) -> Layout | None:
-    dims = list(range(len(join.shape)))
-    dim0, dim1 = (_positive(dim, len(dims)) for dim in (dim0, dim1))
-    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
-    return _permute(join, dims)
+    dim0, dim1 = (_positive(dim, len(join.shape)) for dim in (dim0, dim1))
+    dim = {dim0: dim1, dim1: dim0}.get(join.dim, join.dim)
+    return _each(join, aten.transpose.int, (dim0, dim1), dim)
 
 
 @_join_view(aten.t.default)
@@ -360,7 +413,7 @@ def _unbind(join: Join, dim: int = 0) -> list[Layout]:
 @_join_view(aten.split.Tensor)
 def _split(join: Join, split_size: int, dim: int = 0) -> list[Layout]:
     size = join.shape[dim]
-    return [_slice(join, dim, begin, begin + split_size) for begin in range(0, size, max(split_size, 1))]
+    return [_slice(join, dim, begin, begin + split_size) for begin in range(0, max(size, 1), max(split_size, 1))]
 
 
 @_join_view(aten.split_with_sizes.default)
@@ -440,4 +493,82 @@ def _slice_codes(
 @_codes_view(aten.unbind.int)
 def _unbind_codes(codes: Codes, dim: int = 0) -> list[Codes] | None:
     parts = [_select_codes(codes, dim, index) for index in range(codes.shape[dim])]
+    return None if None in parts else parts
+
+
+# ---- views of scaled weights -----------------------------------------------------------------------------------------
+
+_SCALED_VIEWS: dict[Callable, Callable] = {}
+
+
+def _scaled_view(*functions: Callable) -> Callable[[Callable], Callable]:
+    def register(handler: Callable) -> Callable:
+        _SCALED_VIEWS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+@_scaled_view(aten.detach.default, aten.alias.default)
+def _same_scaled(scaled: Scaled) -> Scaled:
+    return scaled
+
+
+@_scaled_view(aten.transpose.int)
+def _transpose_scaled(scaled: Scaled, dim0: int, dim1: int) -> Scaled | None:
+    rank = len(scaled.shape)
+    if {_positive(dim0, rank), _positive(dim1, rank)} != {rank - 2, rank - 1}:
+        return None
+    values, scales = (each.apply(aten.transpose.int, (-2, -1), {}) for each in (scaled.values, scaled.scales))
+    return replace(scaled, values=values, scales=scales, block=scaled.block[::-1], begin=scaled.begin[::-1])
+
+
+@_scaled_view(aten.t.default)
+def _t_scaled(scaled: Scaled) -> Scaled | None:
+    return _transpose_scaled(scaled, 0, 1) if len(scaled.shape) == 2 else None
+
+
+def _both(scaled: Scaled, func: Callable, args: tuple) -> Scaled | None:
+    values, scales = (each.apply(func, args, {}) for each in (scaled.values, scaled.scales))
+    return None if values is None or scales is None else replace(scaled, values=values, scales=scales)
+
+
+@_scaled_view(aten.select.int)
+def _select_scaled(scaled: Scaled, dim: int, index: int) -> Scaled | None:
+    dim = _positive(dim, len(scaled.shape))
+    return None if dim >= len(scaled.shape) - 2 else _both(scaled, aten.select.int, (dim, index))
+
+
+@_scaled_view(aten.unsqueeze.default)
+def _unsqueeze_scaled(scaled: Scaled, dim: int) -> Scaled | None:
+    dim = _positive(dim, len(scaled.shape) + 1)
+    return None if dim > len(scaled.shape) - 2 else _both(scaled, aten.unsqueeze.default, (dim,))
+
+
+@_scaled_view(aten.slice.Tensor)
+def _slice_scaled(
+    scaled: Scaled, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Scaled | None:
+    rank = len(scaled.shape)
+    dim = _positive(dim, rank)
+    if dim < rank - 2:
+        return _both(scaled, aten.slice.Tensor, (dim, start, end, step))
+    start, end, step = slice(start, end, step).indices(scaled.shape[dim])
+    if step != 1:
+        return None
+    side = dim - (rank - 2)
+    block, begin = scaled.block[side], list(scaled.begin)
+    first, last = begin[side] + start, begin[side] + max(end, start)
+    begin[side] = first % block
+    return replace(
+        scaled,
+        values=narrow(scaled.values, dim, start, max(end, start)),
+        scales=narrow(scaled.scales, dim, first // block, -(-last // block)),
+        begin=tuple(begin),
+    )
+
+
+@_scaled_view(aten.unbind.int)
+def _unbind_scaled(scaled: Scaled, dim: int = 0) -> list[Scaled] | None:
+    parts = [_select_scaled(scaled, dim, index) for index in range(scaled.shape[dim])]
     return None if None in parts else parts

@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch_csd import ops
 from torch_csd.catalogue import BLOCK_BYTES
 from torch_csd.config import as_int, parse_io_engine
-from torch_csd.errors import MemoryBudgetError
+from torch_csd.errors import MemoryBudgetError, StoreError
 from torch_csd.weights.layout import InputFile, Join, Layout, Range, Region, byte_count, narrow
 from torch_csd.weights.staging import HUGE_PAGE_BYTES, Staging, new_memory
 
@@ -44,6 +44,7 @@ STAGING_BYTES_MAX = 256 * MIB
 _PIECES = 4  # that fit into staging at once, at least
 _AHEAD_UNITS = 256  # at most: of small ones, looking further costs more than it gives
 _SKIPPED_MAX = 8  # a unit so far ahead is still ahead, however short the order is
+_ROWS_BYTES_MAX = MIB  # of rows in memory of their own, until they are copied
 _AGING_USES = 4096  # of routed units, until all counts are halved
 
 
@@ -63,10 +64,12 @@ class Unit:
     loaded: bool = False
     awaited: bool = False  # a thread waits for it already
     users: int = 0
+    stale: bool = False  # its file was written to while it had users
     index: int | None = None  # in the order
     expected: bool = True  # in the next pass: it was used in the last one
     use_count: float = 0.0  # of a routed one
-    awaits: set[int] = field(default_factory=set)  # threads in lockstep that are still to use it in this pass
+    step: int = -1  # at which the first of the threads in lockstep used it; -1: not used since it was read
+    counted: bool = False  # the use that was announced
 
     @staticmethod
     def of(layout: Layout) -> Unit:
@@ -114,6 +117,7 @@ class Pace:
 
     position: int = -1  # in the order
     steps: int = 0  # units since it began
+    blocked: bool = False  # it waits for another thread
     stopped: bool = False  # it uses no more
 
 
@@ -164,7 +168,9 @@ class Stream:
         self._position = -1  # in it: of the last unit that was used
         self._staged: dict[int, Unit] = {}  # by id: those with memory of staging
         self._announced: deque[Unit] = deque()
-        self._dense: dict[tuple, Tensor] = {}  # whole small tensors
+        self._small: dict[tuple, tuple[Layout, Tensor]] = {}  # whole small tensors, the last used last
+        self._small_bytes = 0  # of them
+        self._small_bytes_max = memory_budget_bytes - self._staging_bytes
         self._kept_bytes = 0  # in memory of their own
         self._routed_bytes = 0  # of all routed units
         self._routed_bytes_left = 0  # that they may still keep
@@ -184,22 +190,76 @@ class Stream:
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def open(self, path: str | os.PathLike[str]) -> InputFile:
-        """The file, open to be read; the same one for the same path.
+        """The file, open to be read; the same one for the same path, while there is the same file, unchanged.
 
         Raises:
             StoreError: it cannot be read.
         """
         path = os.path.abspath(os.fspath(path))
         with self._changed:
-            if path not in self._files:
-                self._files[path] = InputFile(path, *ops.reader_add_file(self.reader, path)[:3])
+            file = self._files.get(path)
+            if file is None or not _is_there(file):
+                file = self._files[path] = _input_file(path, ops.reader_add_file(self.reader, path))
                 if self.card is not None:
-                    self.card.open(self._files[path])
-            return self._files[path]
+                    self.card.open(file)
+            return file
+
+    @contextmanager
+    def writing(self, file: InputFile) -> Iterator[int]:
+        """A descriptor to write to the file with. Afterwards it is what it is then; nothing may read it meanwhile.
+
+        Raises:
+            StoreError: it cannot be opened, or was changed since it was opened to be read, or what the block does to it
+            fails.
+        """
+        try:
+            descriptor = os.open(file.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                with self._changed:
+                    current = self._files.get(file.path)
+                    if current is None or current.number != file.number or not _is_there(current):
+                        raise StoreError(f"{file.path}: changed since it was opened; open it anew to write to it")
+                try:
+                    yield descriptor
+                finally:
+                    self.refresh(file)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StoreError(f"{file.path}: writing failed: {error.strerror}") from None
+
+    def refresh(self, file: InputFile) -> None:
+        """Takes the file as it is now: it was written to. What was read of it is read again.
+
+        Raises:
+            StoreError: it is shorter than it was.
+        """
+        with self._changed:
+            self._files[file.path] = _input_file(file.path, ops.reader_refresh_file(self.reader, file.number))
+            if self.card is not None:
+                self.card.refresh(file)
+            self._forget(file)
+
+    def _forget(self, file: InputFile) -> None:
+        for unit in self._units.values():
+            if unit.memory is not None and any(each.file.number == file.number for each in unit.ranges):
+                if unit.users == 0:
+                    self._release(unit)
+                else:
+                    unit.stale = True
+        for layout, _ in list(self._small.values()):
+            if any(leaf.file.number == file.number for leaf in layout.leaves):
+                self._drop_small(layout.key)
 
     def close(self) -> None:
         """Waits for what is being read, and lets go of the files. Idempotent."""
         self._finalizer()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     # ---- what is used ------------------------------------------------------------------------------------------------
 
@@ -228,26 +288,41 @@ class Stream:
         return nullcontext() if self.card is None else self.card.in_use(unit)
 
     def keep(self, layout: Layout) -> Tensor:
-        """The elements, in memory from now on: for small tensors that any op may meet."""
+        """The elements, in memory from now on: for small tensors that any op may meet. The ones last used, where there
+        are more of them than were expected, or than the budget allows."""
         with self._changed:
-            dense = self._dense.get(layout.key)
-        if dense is None:
-            dense = self.load(layout)
-            if self.card is not None:
-                dense = dense.to(self.card.torch_device)
-            with self._changed:
-                if layout.key not in self._dense:
-                    self._kept_bytes += byte_count(layout)
-                dense = self._dense.setdefault(layout.key, dense)
+            found = self._small.pop(layout.key, None)
+            if found is not None:
+                self._small[layout.key] = found
+                return found[1]
+        dense = self.load(layout)
+        if self.card is not None:
+            dense = dense.to(self.card.torch_device)
+        with self._changed:
+            if layout.key not in self._small:
+                self._small[layout.key] = (layout, dense)
+                self._small_bytes += byte_count(layout)
+            while self._small_bytes > self._small_bytes_max:
+                self._drop_small(next(iter(self._small)))
         return dense
+
+    def _drop_small(self, key: tuple) -> None:
+        layout, _ = self._small.pop(key)
+        self._small_bytes -= byte_count(layout)
 
     def load(self, layout: Layout) -> Tensor:
         """The elements in host memory of their own, beside the budget: the caller's to keep or to drop."""
         unit = Unit.of(layout)
+        wasted = unit.byte_count > 2 * byte_count(layout) + STAGING_BYTES_MIN
+        dim, pieces = self.pieces(layout) if wasted else (0, [layout])
+        if len(pieces) > 1:
+            return torch.cat([self.load(piece) for piece in pieces], dim)
         unit.memory = new_memory(unit.byte_count)
         unit.ticket = self._read_to_host(unit, background=False)
         ops.reader_wait(self.reader, unit.ticket)
-        return unit.elements()
+        elements = unit.elements()
+        lean = elements.untyped_storage().nbytes() <= 2 * (byte_count(layout) + BLOCK_BYTES)
+        return elements if lean else elements.contiguous()
 
     def rows(self, layout: Layout, index: Tensor) -> Tensor:
         """[len(index), ...]: those rows of the first dimension, and no others, read now into host memory. index: int64
@@ -262,7 +337,7 @@ class Stream:
 
     def _gather(self, layout: Layout, index: list[int]) -> Tensor:
         """Copies of these rows, which are distinct and ascending."""
-        if not (isinstance(layout, Region) and layout.meta[0].is_contiguous()):
+        if not (isinstance(layout, Region) and _has_whole_rows(layout.meta)):
             rows = Join.make([narrow(layout, 0, row, row + 1) for row in index], 0)
             with self._temporary(Unit.of(rows)) as unit:
                 return unit.elements().clone()
@@ -298,6 +373,7 @@ class Stream:
             with _baton_passed():
                 with self._changed:
                     unit.users = 1
+                    unit.kept = unit.byte_count <= _ROWS_BYTES_MAX  # what was read ahead need not go for a few rows
                     self._make_room(unit)
                     self._submit(unit, background=False)
                     self._read_ahead()
@@ -322,7 +398,7 @@ class Stream:
 
     def _cut(self, layout: Layout, dim: int) -> list[Layout]:
         size = layout.shape[dim] if layout.shape else 1
-        count = -(-byte_count(layout) // self.piece_bytes)
+        count = -(-max(byte_count(layout), Unit.of(layout).byte_count - 2 * BLOCK_BYTES) // self.piece_bytes)
         if count <= 1:
             return [layout]
         step = max(size // count, 1)
@@ -350,6 +426,7 @@ class Stream:
                         self._order.append(unit)
             if not keep:
                 return
+            self._small_bytes_max = max(small_bytes, MIB)
             left = self.memory_budget_bytes - self._staging_bytes - small_bytes
             total = sum(unit.byte_count for unit in self._order)
             share = min(max(left, 0) / max(total, 1), 1.0)
@@ -388,6 +465,10 @@ class Stream:
                 if unit.users == 0 and not unit.kept and unit.memory is not None:
                     self._release(unit)
             self._announced = deque(self._unit(layout, routed=True) for layout in layouts)
+            for unit in self._announced:
+                if unit.routed and not unit.counted:
+                    self._count_use(unit)
+                    unit.counted = True
             self._read_ahead()
 
     # ---- what a pass costs -------------------------------------------------------------------------------------------
@@ -466,35 +547,50 @@ class Stream:
     def _leave(self) -> None:
         """This thread uses nothing any more: the others do not keep anything for it."""
         with self._changed:
-            ident = threading.get_ident()
-            self._paces.pop(ident, None)
-            for unit in self._units.values():
-                if ident in unit.awaits:
-                    unit.awaits.remove(ident)
-                    self._release_unused(unit)
+            self._paces.pop(threading.get_ident(), None)
+            self._release_used()
             self._read_ahead()
             self._changed.notify_all()
 
     def _keep_pace(self, unit: Unit) -> bool:
         """Whether this use of the unit moves the order on: not that of a thread that follows others in lockstep."""
-        ident = threading.get_ident()
-        pace = self._paces.get(ident)
+        pace = self._paces.get(threading.get_ident())
         if pace is None:
             return True
         if pace.stopped:
             raise InterruptedError("stopped, with the tasks that it was in lockstep with")
-        if ident in unit.awaits:
-            unit.awaits.remove(ident)
-        else:  # the first of this pass
-            unit.awaits = set(self._paces) - {ident}
-        if unit.index is not None and self._order:
+        if unit.index is not None:
             pace.steps += (unit.index - pace.position) % len(self._order)
             pace.position = unit.index
-        return self._leads(ident)
+        unit.step = max(unit.step, pace.steps)
+        return self._leads()
 
-    def _leads(self, ident: int) -> bool:
-        first = max(self._paces, key=lambda each: (self._paces[each].steps, each), default=None)
-        return first is None or first == ident
+    def _leads(self) -> bool:
+        """Whether no thread in lockstep is further than this one."""
+        ident = threading.get_ident()
+        first = max(self._paces, key=lambda each: (self._paces[each].steps, each), default=ident)
+        return first == ident
+
+    def _is_held(self, unit: Unit) -> bool:
+        """Whether a thread in lockstep is still to use what others have used."""
+        return any(pace.steps < unit.step for pace in self._paces.values())
+
+    def _release_used(self) -> None:
+        """What all threads in lockstep have used."""
+        for unit in list(self._staged.values()):
+            if unit.step >= 0:
+                self._release_unused(unit)
+
+    def _wait(self) -> None:
+        """For what another thread does."""
+        pace = self._paces.get(threading.get_ident())
+        if pace is None:
+            self._changed.wait()
+            return
+        pace.blocked = True
+        self._changed.notify_all()
+        self._changed.wait()
+        pace.blocked = False
 
     # ---- units -------------------------------------------------------------------------------------------------------
 
@@ -508,8 +604,11 @@ class Stream:
     def _begin(self, layout: Layout, routed: bool) -> Unit:
         with self._changed:
             unit = self._unit(layout, routed=routed)
+            self._check_size(unit)
             if unit.routed:
-                self._count_use(unit)
+                if not unit.counted:
+                    self._count_use(unit)
+                unit.counted = False
             elif self._keep_pace(unit):
                 self._advance(unit)
             unit.users += 1
@@ -520,11 +619,15 @@ class Stream:
         with self._changed:
             unit.users -= 1
             self._release_unused(unit)
+            if self._paces:
+                self._release_used()
             self._read_ahead()
             self._changed.notify_all()
 
     def _release_unused(self, unit: Unit) -> None:
-        if unit.users == 0 and not unit.awaits and not unit.kept and unit.memory is not None:
+        if unit.users > 0 or unit.memory is None:
+            return
+        if unit.stale or not (unit.kept or self._is_held(unit)):
             self._release(unit)
 
     def _load(self, unit: Unit) -> None:
@@ -532,17 +635,22 @@ class Stream:
         while True:
             with self._changed:
                 while unit.awaited:  # by another thread
-                    self._changed.wait()
+                    self._wait()
                 if unit.loaded:
                     return
-                if unit.memory is None:
-                    self._make_room(unit)
-                if unit.ticket is None:
-                    self._submit(unit, background=False)
-                unit.awaited = True
-                self._read_ahead()
+                unit.awaited = True  # from here on: who waits for room lets go of the lock
+                try:
+                    if unit.memory is None:
+                        self._make_room(unit)
+                    if unit.ticket is None:
+                        self._submit(unit, background=False)
+                    self._read_ahead()
+                except BaseException:
+                    unit.awaited = False
+                    self._changed.notify_all()
+                    raise
             try:
-                self._wait(unit)
+                self._await(unit)
             except BaseException:
                 with self._changed:
                     unit.awaited = False
@@ -559,7 +667,7 @@ class Stream:
         read = self._read_to_host if self.card is None else self.card.read
         unit.ticket = read(unit, background=background)
 
-    def _wait(self, unit: Unit) -> None:
+    def _await(self, unit: Unit) -> None:
         if self.card is None:
             ops.reader_wait(self.reader, unit.ticket)
         else:
@@ -592,25 +700,35 @@ class Stream:
 
     def _make_room(self, unit: Unit) -> None:
         """Gives the unit memory: what was read ahead and is used last must make room, or what other threads use."""
+        self._check_size(unit)
+        # Another thread may read it meanwhile, ahead or because it uses it too.
+        while unit.memory is None and not self._place(unit):
+            # Of threads in lockstep only the first waits for the others, and not where all of them wait: one always
+            # goes on.
+            waits = self._leads() and not all(self._paces[each].blocked for each in self._others())
+            idle = [each for each in self._staged.values() if each.users == 0 and not (waits and self._is_held(each))]
+            if idle:
+                self._release(max(idle, key=self._distance))
+            else:
+                self._wait()
+
+    def _others(self) -> Iterator[int]:
+        """The other threads in lockstep."""
+        return (ident for ident in self._paces if ident != threading.get_ident())
+
+    def _check_size(self, unit: Unit) -> None:
         if not unit.kept and unit.byte_count > self._staging.byte_count:
             raise MemoryBudgetError(
                 f"{unit.byte_count} bytes are wanted at once, staging has {self._staging.byte_count}; raise "
                 f"memory_budget"
             )
-        while not self._place(unit):
-            # Of threads in lockstep only the first waits for the others: so one of them always goes on.
-            leads = self._leads(threading.get_ident())
-            idle = [each for each in self._staged.values() if each.users == 0 and not (leads and each.awaits)]
-            if idle:
-                self._release(max(idle, key=self._distance))
-            else:
-                self._changed.wait()
 
     def _distance(self, unit: Unit) -> int:
-        """Units until it is used."""
+        """Units until this thread uses it."""
         if unit.index is None:
             return 0  # announced
-        return (unit.index - self._position) % len(self._order)
+        pace = self._paces.get(threading.get_ident())
+        return (unit.index - (self._position if pace is None else pace.position)) % len(self._order)
 
     def _release(self, unit: Unit) -> None:
         """Takes the unit's memory back."""
@@ -625,6 +743,8 @@ class Stream:
         unit.memory = None
         unit.ticket = None
         unit.loaded = False
+        unit.step = -1
+        unit.stale = False
 
     def _count_use(self, unit: Unit) -> None:
         """Decides, before a routed unit is read, whether it stays: the most used do."""
@@ -701,22 +821,13 @@ class Stream:
             self._has_warned = True
             warnings.warn(text, stacklevel=2)
 
-    def forget(self, file: InputFile) -> None:
-        """What was read of the file ahead of its use is read again: it was written to."""
-        with self._changed:
-            for unit in list(self._units.values()):
-                if unit.users == 0 and unit.memory is not None and any(each.file == file for each in unit.ranges):
-                    self._release(unit)
-            for key in [key for key, _ in self._dense.items() if key[0] == file.number]:
-                del self._dense[key]
-
     def stats(self) -> dict:
         """What was read and what is in memory: `ops.reader_stats`, and bytes of memory by use."""
         with self._changed:
             mine = {
                 "staging_bytes": self._staging_bytes,
                 "staged_bytes": self._staging.byte_count - self._staging.free_bytes,
-                "resident_bytes": self._kept_bytes,
+                "resident_bytes": self._kept_bytes + self._small_bytes,
                 "used_bytes": self._used_bytes,
                 "memory_budget_bytes": self.memory_budget_bytes,
             }
@@ -738,6 +849,29 @@ def _baton_passed() -> Iterator[None]:
         yield
     finally:
         baton.acquire()
+
+
+def _has_whole_rows(meta: Tensor) -> bool:
+    """Whether each row of the first dimension is adjacent elements, that no other row has."""
+    return meta[0].is_contiguous() and meta.stride(0) >= meta[0].numel()
+
+
+def _input_file(path: str, file: ops.InputFile) -> InputFile:
+    return InputFile(path, file.number, file.size_bytes, file.mtime_ns, file.device, file.inode)
+
+
+def _is_there(file: InputFile) -> bool:
+    """Whether its path still leads to it, as it was."""
+    try:
+        info = os.stat(file.path)
+    except OSError:
+        return False
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) == (
+        file.device,
+        file.inode,
+        file.byte_count,
+        file.mtime_ns,
+    )
 
 
 def _open_card(device: torch.device, staging_bytes: int, directory: str, gpu_io: str) -> WeightCard:

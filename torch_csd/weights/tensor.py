@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class FileTensor(StorageTensor):
 
     _layout: Layout
     _stream: Stream
+    _casts: tuple[torch.dtype, ...]  # what elements are converted to as they are read, one after another
     _routed: bool  # used when something calls for it (an expert), not in every pass
     _writable: bool
 
@@ -67,6 +69,7 @@ class FileTensor(StorageTensor):
         )
         tensor._layout = layout
         tensor._stream = stream
+        tensor._casts = () if dtype in (None, layout.dtype) else (dtype,)
         tensor._routed = routed
         tensor._writable = writable
         return tensor
@@ -74,16 +77,30 @@ class FileTensor(StorageTensor):
     def with_layout(
         self, layout: Layout, *, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> FileTensor:
-        """Another view of the same files, with this tensor's dtype and device unless others are named."""
+        """Another view of the same files, converted as this one unless another dtype or device is named."""
         with torch._C.DisableTorchFunctionSubclass():
-            return FileTensor(
+            view = FileTensor(
                 layout,
                 self._stream,
-                dtype=dtype or self.dtype,
+                dtype=dtype or (self.dtype if self._casts else layout.dtype),
                 device=device or self.device,
                 routed=self._routed,
                 writable=self._writable,
             )
+            view._casts = self._casts if dtype in (None, self.dtype) else (*self._casts, dtype)
+            return view
+
+    def become(self, other: FileTensor) -> None:
+        """What ``tensor.data = other`` does, as far as torch does not know of it."""
+        self.__dict__.update({name: other.__dict__[name] for name in FileTensor.__annotations__})
+
+    def converted(self, stored: Tensor) -> Tensor:
+        """What was read of it, with this tensor's dtype and on its device."""
+        with torch._C.DisableTorchFunctionSubclass():
+            stored = stored.to(self.device)
+            for dtype in self._casts:
+                stored = stored.to(dtype)
+            return stored
 
     def to_dense(self) -> Tensor:
         """All elements, read into memory: an ordinary tensor of this shape, dtype and device.
@@ -127,14 +144,17 @@ class FileTensor(StorageTensor):
             where = f"{leaf.file.path!r} at byte {leaf.range.offset}{more}"
             return f"FileTensor(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}', {where})"
 
-    def __deepcopy__(self, memo: dict) -> FileTensor:
+    def __copy__(self) -> FileTensor:
         """Another tensor of the same elements: they are never changed through this one."""
         with torch._C.DisableTorchFunctionSubclass():
             copy = self.with_layout(self._layout).requires_grad_(self.requires_grad)
             if getattr(self, "_is_param", False):
                 copy._is_param = True
-            memo[id(self)] = copy
             return copy
+
+    def __deepcopy__(self, memo: dict) -> FileTensor:
+        copy = memo[id(self)] = self.__copy__()
+        return copy
 
     # ---- what torch asks of a subclass -----------------------------------------------------------------------------
 
@@ -197,10 +217,10 @@ def from_file(
         raise ValueError(f'mode must be "r", "r+" or "w+", got {mode!r}')
     sizes = [as_int(size, "a size in shape", low=0) for size in shape]
     offset = as_int(offset, "offset", low=0)
-    wanted = offset + dtype.itemsize * torch.Size(sizes).numel()
+    wanted = offset + dtype.itemsize * math.prod(sizes)
     stream = default_stream()
     if mode == "w+":
-        _make_file(path, wanted)
+        _make_file(path, wanted, stream)
     file = stream.open(path)
     if file.byte_count < wanted:
         raise CheckpointError(
@@ -226,16 +246,15 @@ def from_safetensors(path: str | os.PathLike[str], name: str) -> FileTensor:
     return FileTensor(Region.make(stream.open(path), entry.dtype, entry.shape, entry.offset), stream)
 
 
-def _make_file(path: str | os.PathLike[str], byte_count: int) -> None:
+def _make_file(path: str | os.PathLike[str], byte_count: int, stream: Stream) -> None:
     try:
-        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        try:
-            if os.fstat(file).st_size < byte_count:
-                os.ftruncate(file, byte_count)
-        finally:
-            os.close(file)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     except OSError as error:
         raise StoreError(f"{os.fspath(path)}: making the file failed: {error.strerror}") from None
+    file = stream.open(path)
+    if file.byte_count < byte_count:
+        with stream.writing(file) as descriptor:
+            os.ftruncate(descriptor, byte_count)
 
 
 def write_elements(tensor: FileTensor, values: Tensor) -> None:
@@ -247,22 +266,25 @@ def write_elements(tensor: FileTensor, values: Tensor) -> None:
         raise ValueError(f"values must be {list(layout.shape)}, got {list(values.shape)}")
     if isinstance(values, StorageTensor):
         values = values.to_dense()
-    dense = values.detach().to("cpu", layout.dtype)
-    runs = list(_runs(layout, dense))
-    file = runs[0][0].file if runs else None
-    if file is None:
-        return
-    try:
-        descriptor = os.open(file.path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            for region, part in runs:
-                _write_all(descriptor, part, region.range.offset)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StoreError(f"{file.path}: writing failed: {error.strerror}") from None
-    finally:
-        tensor._stream.refresh(file)
+    if not isinstance(layout, Region):
+        raise NotImplementedError("FileTensor: write_ to a tensor that was put together; write to its parts")
+    if _overlaps(layout.meta):
+        raise ValueError(f"write_ wants each element to have a place of its own, {tensor!r} repeats some")
+    dense = values.detach().to("cpu", layout.dtype).resolve_conj().resolve_neg()
+    with tensor._stream.writing(layout.file) as descriptor:
+        for region, part in _runs(layout, dense):
+            _write_all(descriptor, part, region.range.offset)
+
+
+def _overlaps(meta: Tensor) -> bool:
+    """Whether some elements may share their place."""
+    reach = 0
+    for step, size in sorted(zip(meta.stride(), meta.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return meta.numel() > 0
+            reach += (size - 1) * step
+    return False
 
 
 def _runs(layout: Region, dense: Tensor):
@@ -282,7 +304,8 @@ def _runs(layout: Region, dense: Tensor):
 
 
 def _write_all(descriptor: int, part: Tensor, offset: int) -> None:
-    data = memoryview(part.reshape(-1).view(torch.uint8).numpy())
+    adjacent = torch.empty(part.numel(), dtype=part.dtype).copy_(part.reshape(-1))
+    data = memoryview(adjacent.view(torch.uint8).numpy())
     while data:
         count = os.pwrite(descriptor, data[: 2**30], offset)
         data, offset = data[count:], offset + count
