@@ -191,6 +191,27 @@ def test_many_tickets_of_many_files_are_in_flight_together(tmp_path, make_reader
             shutil.rmtree(tmp_path)
 
 
+def test_a_file_that_is_refreshed_is_read_as_it_is_now(tmp_path, reader):
+    path = tmp_path / "file"
+    random_file(path, 10_000)
+    number = ops.reader_add_file(reader, str(path)).number
+    data = random_file(path, 20_000, seed=1)  # in place
+    ticket, memory = read_all(reader, number, 10_000)
+    with pytest.raises(StoreError, match="changed while it was in use"):
+        wait_for(reader, ticket, memory, 10_000)
+    info = os.stat(path)
+    file = ops.reader_refresh_file(reader, number)
+    assert file == (number, 20_000, info.st_mtime_ns, file.direct_io, info.st_dev, info.st_ino)
+    ticket, memory = read_all(reader, number, 20_000)
+    assert wait_for(reader, ticket, memory, 20_000) == data
+    os.truncate(path, 19_999)
+    with pytest.raises(StoreError, match=f"{path}: cut short while it was in use: was 20000 bytes, is 19999"):
+        ops.reader_refresh_file(reader, number)
+    for unknown in (-1, number + 1):
+        with pytest.raises(ValueError, match="there is no file"):
+            ops.reader_refresh_file(reader, unknown)
+
+
 def test_files_are_found_through_symbolic_links_and_left_as_they_are(tmp_path, reader):
     blob = tmp_path / "blob"
     data = random_file(blob, 100_001)

@@ -7,6 +7,7 @@ import copy
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torch_csd
-from torch_csd import CheckpointError, MemoryBudgetError, StoreClosedError, StoreError
+from torch_csd import CheckpointError, MemoryBudgetError, StoreClosedError, StoreError, ops
 from torch_csd.weights import tensor as tensor_module
 from torch_csd.weights.files import SAFETENSORS_DTYPES
 from torch_csd.weights.functions import SMALL_BYTES
@@ -70,6 +71,10 @@ def stream(monkeypatch) -> Stream:
 
 
 def bytes_read(stream: Stream) -> int:
+    """Once what is being read ahead is there."""
+    while any(each.ticket is not None and not ops.reader_is_done(stream.reader, each.ticket)
+              for each in list(stream._units.values())):  # fmt: skip
+        time.sleep(0.001)
     return stream.stats()["bytes_read"]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -53,3 +54,23 @@ print((held.memory()["VmHWM"] - before) / 2**20)
         pytest.skip("VmHWM cannot be started anew here (/proc/self/clear_refs)")
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= 64  # MiB, where staging alone has 256
+
+
+def test_the_last_token_of_a_prompt_takes_no_copy_of_the_head(checkpoint):
+    model = torch_csd.load_checkpoint(checkpoint, memory_budget="16MiB")
+    prompt = torch.arange(8)[None]
+    with torch.no_grad():
+        whole = model(prompt).logits[:, -1:]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            last = model(prompt, logits_to_keep=1).logits
+    torch.testing.assert_close(last, whole)
+    # A batch of one: [1, 1, hidden] @ [1, hidden, some of the vocabulary], which torch copies.
+    hidden = model.config.hidden_size
+    batches = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
+    assert not [shapes for shapes in batches if shapes[0] == [1, 1, hidden]]
+
+
+def test_idle_threads_are_told_to_sleep_once(checkpoint):
+    torch_csd.load_checkpoint(checkpoint, memory_budget="16MiB")
+    torch_csd.load_checkpoint(checkpoint, memory_budget="16MiB")
+    assert [thread.name for thread in threading.enumerate()].count("torch_csd-openmp") == 1

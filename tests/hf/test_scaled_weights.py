@@ -196,3 +196,80 @@ def test_other_quantised_checkpoints_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(NotImplementedError, match=r"quantised \(gptq\)"):
         torch_csd.load_checkpoint(tmp_path, memory_budget="4MiB")
+
+
+# ---- MXFP4 -----------------------------------------------------------------------------------------------------------
+
+
+def make_mxfp4(directory: Path) -> None:
+    """A checkpoint as gpt-oss's are, and in `plain` below it the same in bfloat16, by transformers' own code."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        **SHAPE | {"intermediate_size": 64}, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    )
+    model = GptOssForCausalLM(config).bfloat16()
+    model.save_pretrained(directory)
+    model.save_pretrained(directory / "plain")
+    file = directory / "model.safetensors"
+    stored, plain = {}, {}
+    for name, weight in load_file(file).items():
+        if name.endswith(("gate_up_proj", "down_proj")) and weight.dim() == 3:
+            experts, in_features, out_features = weight.shape
+            blocks = torch.randint(0, 256, (experts, out_features, in_features // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, (experts, out_features, in_features // 32), dtype=torch.uint8)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).contiguous()
+            assert plain[name].shape == weight.shape
+        else:
+            stored[name] = plain[name] = weight
+    save_file(stored, file, metadata={"format": "pt"})
+    save_file(plain, directory / "plain" / "model.safetensors", metadata={"format": "pt"})
+    table = json.loads((directory / "config.json").read_text())
+    table["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (directory / "config.json").write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+def test_mxfp4_experts_are_computed_with_as_they_are_stored(tmp_path, weight_dtype):
+    make_mxfp4(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="eager").eval()
+    model = torch_csd.load_checkpoint(
+        tmp_path,
+        memory_budget="4MiB",
+        attn_implementation="eager",
+        weight_dtype=weight_dtype,
+        weight_directory=tmp_path,
+    )
+    ids = torch.randint(0, 128, (2, 9))
+    with torch.no_grad():
+        logits, wanted = model(ids).logits, expected(ids).logits
+    if weight_dtype is None:
+        assert torch.equal(logits, wanted)
+    else:  # 8 bits of each of 64, in a model that rounds to bfloat16
+        assert (logits - wanted).norm() <= 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mxfp4_elements_are_those_of_the_specification(tmp_path, dtype):
+    from torch_csd.weights.layout import Packed
+
+    file = tmp_path / "weights.safetensors"
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(2).view(2, 4, 64)
+    scales = torch.tensor([120, 127, 130, 100], dtype=torch.uint8).repeat(2, 4, 1)
+    save_file({"blocks": blocks, "scales": scales}, file)
+    stream = default_stream()
+    values, exponents = (
+        Region.make(stream.open(file), entry.dtype, entry.shape, entry.offset)
+        for entry in (read_header(file).entries[name] for name in ("blocks", "scales"))
+    )
+    stored = FileTensor(Packed(values, exponents, dtype), stream)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    elements = torch.stack([table[(blocks % 16).long()], table[(blocks // 16).long()]], dim=-1).flatten(-2)
+    expected = (elements * (scales.float() - 127).exp2().repeat_interleave(32, -1)).to(dtype)
+    assert torch.equal(stored.to_dense(), expected)
+    assert torch.equal(stored[1, 1:3].to_dense(), expected[1, 1:3])
+    assert torch.equal(stored.mT[0][:, 2:].to_dense(), expected.mT[0][:, 2:])
+    assert torch.equal(stored[0].to_dense().signbit(), expected[0].signbit())

@@ -311,9 +311,7 @@ def weights(
     directory: Directory = None,
     memory_budget: Annotated[
         str | None,
-        typer.Option(
-            help="Of weights in memory, ours and accelerate's. Default: 1280MiB, quick: 12MiB.", metavar="SIZE"
-        ),
+        typer.Option(help="Of weights in memory, ours and accelerate's. Default: 1GiB, quick: 12MiB.", metavar="SIZE"),
     ] = None,
     threads: Threads = None,
     io_engine: IoEngine = "auto",
@@ -325,7 +323,7 @@ def weights(
 ) -> None:
     """A checkpoint larger than memory: load, decode and prefill from the drive, beside accelerate's disk offload."""
     with _user_errors():
-        memory_budget = memory_budget or ("12MiB" if quick else "1280MiB")
+        memory_budget = memory_budget or ("12MiB" if quick else "1GiB")
         rounds = rounds or (3 if quick else 5)
         settings = _settings(directory, memory_budget, threads, io_engine, "bfloat16", rounds, quick, json_to, None)
         from torch_csd.bench import weights as bench

@@ -215,6 +215,13 @@ class WeightCard:
             "pinned_bytes": self.host.byte_count,
         }
 
+    def renew_locks(self) -> None:
+        """In a forked child, where a thread that had one is not there any more. Reading raises there."""
+        self.ring.renew_locks()
+        self._pinned.renew_locks()
+        if self._direct is not None:
+            self._direct.renew_locks()
+
     def close(self) -> None:
         """Waits for what is under way. Before the reader is closed. Idempotent."""
         try:
@@ -238,6 +245,9 @@ class Ring(Staging):
         super().__init__(memory)
         self._marks: deque[_Mark] = deque()
         self._lock = threading.Lock()  # of the marks
+
+    def renew_locks(self) -> None:
+        self._lock = threading.Lock()
 
     def take(self, byte_count: int) -> Tensor | None:
         with torch.inference_mode(False):
@@ -309,6 +319,9 @@ class Pinned:
         self._reading: list[Reading] = []  # in the order asked for
         self._copying: deque[tuple[Event, Tensor]] = deque()  # pieces, in the order of their stream
         self._is_closed = False
+
+    def renew_locks(self) -> None:
+        self._changed = threading.Condition()
 
     def begin(self, reading: Reading, *, background: bool) -> None:
         if reading.byte_count > self._host.byte_count:
@@ -498,6 +511,9 @@ class Direct:
         self._queued: deque[Request] = deque()
         self._under_way: list[Reading] = []
         self._is_closed = False
+
+    def renew_locks(self) -> None:
+        self._lock = threading.Lock()
 
     def begin(self, reading: Reading, *, background: bool) -> None:
         with self._lock:

@@ -29,7 +29,7 @@ from torch_csd.hf.swap import swap_attention
 from torch_csd.weights.convert import WEIGHT_BITS, Target, conversion_path, convert
 from torch_csd.weights.files import Header, read_header
 from torch_csd.weights.functions import SMALL_BYTES
-from torch_csd.weights.layout import Layout, Region, Scaled, as_read, byte_count
+from torch_csd.weights.layout import Layout, Packed, Region, Scaled, as_read, byte_count
 from torch_csd.weights.openmp import let_idle_threads_sleep
 from torch_csd.weights.stream import Stream
 from torch_csd.weights.tensor import FileTensor
@@ -128,7 +128,7 @@ def load_checkpoint(
         raise
     if not chosen:
         swap_attention(model)
-    config._name_or_path = model.name_or_path = path
+    model.config._name_or_path = model.name_or_path = path
     if model.can_generate():
         model.generation_config = _generation_config(path, config, hub)
     model.requires_grad_(False).eval()
@@ -149,11 +149,11 @@ def _weight_files(path: str, hub: dict[str, Any]) -> list[str]:
     Raises:
         CheckpointError: there are none, or the index names one that is missing or lacks a tensor.
     """
+    whole = _find(path, SAFE_WEIGHTS_NAME, hub)
+    if whole is not None:  # as transformers has it, where there are both
+        return [whole]
     index = _find(path, SAFE_WEIGHTS_INDEX_NAME, hub)
     if index is None:
-        whole = _find(path, SAFE_WEIGHTS_NAME, hub)
-        if whole is not None:
-            return [whole]
         if any(_find(path, name, hub) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
             raise CheckpointError(
                 f"{path}: has its weights in {WEIGHTS_NAME} only, which cannot be read in part; convert it once: "
@@ -165,8 +165,10 @@ def _weight_files(path: str, hub: dict[str, Any]) -> list[str]:
         with open(index, encoding="utf-8") as file:
             places = json.load(file)["weight_map"]
         shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from None
+    if not shards:
+        raise CheckpointError(f"{index}: names no tensors")
     files = {}
     for shard in shards:
         if not isinstance(shard, str) or os.path.isabs(shard) or ".." in shard.split("/"):
@@ -220,20 +222,26 @@ def _block_scaled(config: PretrainedConfig, path: str) -> tuple[int, int] | None
     if quantisation is None:
         return None
     quantisation = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    if quantisation.get("quant_method") != "fp8":
+    if quantisation.get("quant_method") not in ("fp8", "mxfp4"):
         raise NotImplementedError(
             f"{path}: its weights are quantised ({quantisation.get('quant_method')}); of quantised checkpoints only "
-            f"those of fp8 with scales can be computed with as they are stored; use the one that is not quantised, "
-            f"with weight_dtype if need be"
+            f"those of fp8 with scales and of mxfp4 can be computed with as they are stored; use the one that is not "
+            f"quantised, with weight_dtype if need be"
         )
     del config.quantization_config
     return tuple(quantisation.get("weight_block_size") or (0, 0))
 
 
 def _with_scales(tensors: dict[str, FileTensor], block: tuple[int, int], dtype: torch.dtype) -> dict[str, FileTensor]:
-    """The same with each fp8 weight and its scales as one tensor of ``dtype``."""
+    """The same with each weight of fp8 or MXFP4 and its scales as one tensor of ``dtype``."""
     scaled = {}
     for name, tensor in tensors.items():
+        if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors:
+            packed = _packed(name, tensor, tensors[f"{name.removesuffix('_blocks')}_scales"], dtype)
+            scaled[name.removesuffix("_blocks")] = packed
+            continue
+        if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in tensors:
+            continue
         if name.endswith(_SCALES):
             continue
         scales = tensors.get(f"{name}_scale_inv")
@@ -259,6 +267,17 @@ def _with_scales(tensors: dict[str, FileTensor], block: tuple[int, int], dtype: 
             )
         scaled[name] = tensor.with_layout(Scaled(layout, grid, sides, dtype), dtype=dtype)
     return scaled
+
+
+def _packed(name: str, blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> FileTensor:
+    """Experts [..., in, out] of MXFP4: blocks [..., out, in / 32, 16] and scales [..., out, in / 32]."""
+    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16 or blocks._layout.dtype != torch.uint8:
+        raise CheckpointError(
+            f"{blocks._layout.leaves[0].file.path}: tensor {name!r}: wanted uint8 blocks of 16 bytes and a scale for "
+            f"each, got {blocks._layout.dtype} {list(blocks.shape)} and {list(scales.shape)} scales"
+        )
+    layout = Packed(blocks.flatten(-2)._layout, scales._layout, dtype)
+    return blocks.with_layout(layout, dtype=dtype).mT
 
 
 def _parse_dtype(dtype: torch.dtype | str, config: PretrainedConfig, headers: list[Header]) -> torch.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,7 +118,7 @@ def _entry(path: str, name: str, table: object, data_begin: int, size: int) -> E
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: tensor {name!r}: wanted dtype, shape and data_offsets, got {table!r:.80}")
     dtype, shape, offsets = table.get("dtype"), table.get("shape"), table.get("data_offsets")
-    if dtype not in SAFETENSORS_DTYPES:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name!r}: dtype must be one of {', '.join(SAFETENSORS_DTYPES)}, got {dtype!r:.80}"
         )
@@ -125,6 +127,8 @@ def _entry(path: str, name: str, table: object, data_begin: int, size: int) -> E
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
         raise CheckpointError(f"{path}: tensor {name!r}: data_offsets must be [begin, end], got {offsets!r:.80}")
     begin, end = offsets
+    if reach_bytes(SAFETENSORS_DTYPES[dtype], shape) >= 2**63:
+        raise CheckpointError(f"{path}: tensor {name!r}: the header lies: no tensor has shape {shape}")
     byte_count = SAFETENSORS_DTYPES[dtype].itemsize
     for extent in shape:
         byte_count *= extent
@@ -139,6 +143,11 @@ def _entry(path: str, name: str, table: object, data_begin: int, size: int) -> E
             f"download it again"
         )
     return Entry(name, SAFETENSORS_DTYPES[dtype], tuple(shape), data_begin + begin)
+
+
+def reach_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Of a tensor, but that torch counts strides past sizes of 0 too."""
+    return dtype.itemsize * math.prod(max(extent, 1) for extent in shape)
 
 
 def _check_cover(path: str, entries: list[Entry], data_begin: int, size: int) -> None:

@@ -21,6 +21,9 @@ from torch_csd.weights.tensor import FileTensor
 # Norms, biases and the like: they meet every kind of op, and are a thousandth of a model.
 SMALL_BYTES = 2**20
 
+# Of a weight that torch may copy to multiply by it, as it does with one in memory.
+_COPIED_BYTES_MAX = 2**18
+
 _FUNCTIONS: dict[Callable, Callable] = {}
 _ATEN: dict[Callable, Callable] = {}
 _DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
@@ -158,6 +161,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return NotImplemented
     bias = _kept(bias)
     _check_frozen(input, weight, bias)
+    if input.dim() > 2 and byte_count(weight._layout) > _COPIED_BYTES_MAX:
+        # Of strides that have gaps (a prompt's last token) torch makes batches, and copies the weight for them.
+        return linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
     if isinstance(weight._layout, Codes):
         return _linear_of_codes(input, weight, bias)
     stream = weight._stream
@@ -372,7 +378,7 @@ for _name in ("numpy", "__array__", "tolist", "__dlpack__"):
     _register_in_memory(getattr(torch.Tensor, _name))
 
 
-@_function(torch.Tensor.share_memory_)
+@_function(torch.Tensor.share_memory_, torch.Tensor.untyped_storage, torch.Tensor.storage)
 def _no_memory(tensor: Tensor) -> Tensor:
     raise NotImplementedError(f"FileTensor: {tensor!r} has no memory of its own; use .to_dense() first")
 

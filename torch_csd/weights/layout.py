@@ -1,8 +1,8 @@
 """Which bytes of which files a tensor is made of, and how its elements come out of them. Pure: reads nothing.
 
 A `Region` is a strided view of one file, as torch's own tensors are of their memory, so torch works the views out (on
-the meta device). A `Join` is several layouts one after another along a dimension, `Codes` a quantised
-weight. All are immutable.
+the meta device). A `Join` is several layouts one after another along a dimension, `Codes`, `Scaled` and
+`Packed` weights of less precision. All are immutable.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -234,7 +234,7 @@ class Codes:
         return self.rows.leaves
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
-        handler = _CODES_VIEWS.get(func)
+        handler = _ROWS_VIEWS.get(func)
         return None if handler is None else handler(self, *args, **kwargs)
 
 
@@ -275,7 +275,65 @@ class Scaled:
         return None if handler is None else handler(self, *args, **kwargs)
 
 
-Layout = Region | Join | Codes | Scaled
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight [..., out, in] in MXFP4 (OCP MX specification 1.0): ``values`` are uint8 [..., out, in / 2], two E2M1
+    elements to a byte, the first in the low bits; ``scales`` are uint8 [..., out, in / 32], exponents of 2 plus 127.
+    """
+
+    values: Layout
+    scales: Layout
+    dtype: torch.dtype
+    transposed: bool = False  # [..., in, out]
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        *batch, out_features, byte_count = self.values.shape
+        ends = (out_features, 2 * byte_count)
+        return torch.Size((*batch, *(reversed(ends) if self.transposed else ends)))
+
+    @property
+    def key(self) -> tuple:
+        return (self.dtype, self.transposed, self.values.key, self.scales.key)
+
+    @cached_property
+    def leaves(self) -> tuple[Region, ...]:
+        return self.values.leaves + self.scales.leaves
+
+    def assemble(self, leaves: Iterator[Tensor]) -> Tensor:
+        values, scales = self.values.assemble(leaves), self.scales.assemble(leaves)
+        # Scaled by powers of two, which is exact: in float32, whose exponents reach further than 16 bits'.
+        weight = _unpack(values.contiguous(), torch.float32 if self.dtype == torch.float16 else self.dtype)
+        blocks = weight.view(*scales.shape, 32).mul_((scales.float() - 127).exp2().to(weight.dtype).unsqueeze(-1))
+        weight = blocks.flatten(-2).to(self.dtype)
+        return weight.mT if self.transposed else weight
+
+    def apply(self, func: Callable, args: tuple, kwargs: dict) -> Layout | list[Layout] | None:
+        handler = _ROWS_VIEWS.get(func)
+        return None if handler is None else handler(self, *args, **kwargs)
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@cache
+def _e2m1_table(dtype: torch.dtype) -> Tensor:
+    """int64: for each byte two elements of float32, or for each two bytes four of a 16-bit dtype, as bits."""
+    byte = torch.arange(256)
+    pairs = torch.tensor(_E2M1, dtype=dtype)[torch.stack([byte % 16, byte // 16], dim=1)]
+    if dtype.itemsize == 4:
+        return pairs.view(torch.int64).flatten()
+    both = torch.arange(65536)
+    return torch.cat([pairs[both % 256], pairs[both // 256]], dim=1).view(torch.int64).flatten()
+
+
+def _unpack(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [..., bytes] -> [..., 2 * bytes] of dtype: one look-up for 8 bytes of the result."""
+    index = values if dtype.itemsize == 4 else values.view(torch.uint16)
+    return _e2m1_table(dtype)[index.to(torch.int32)].view(dtype)
+
+
+Layout = Region | Join | Codes | Scaled | Packed
 
 
 def numel(layout: Layout) -> int:
@@ -286,14 +344,14 @@ def byte_count(layout: Layout) -> int:
     """Of its elements as stored."""
     if isinstance(layout, Codes):
         return byte_count(layout.rows)
-    if isinstance(layout, Scaled):
+    if isinstance(layout, Scaled | Packed):
         return byte_count(layout.values)
     if isinstance(layout, Join):
         return sum(byte_count(part) for part in layout.parts)
     return numel(layout) * layout.dtype.itemsize
 
 
-def as_read(layout: Layout) -> Region | Join | Scaled:
+def as_read(layout: Layout) -> Region | Join | Scaled | Packed:
     """What is read for it."""
     return layout.rows if isinstance(layout, Codes) else layout
 
@@ -438,61 +496,68 @@ def _view(join: Join, shape: Sequence[int]) -> Layout | None:
     return layout
 
 
-# ---- views of quantised weights --------------------------------------------------------------------------------------
+# ---- views of weights by rows: Codes and Packed ----------------------------------------------------------------------
 
-_CODES_VIEWS: dict[Callable, Callable] = {}
+_ROWS_VIEWS: dict[Callable, Callable] = {}
+_Rows = TypeVar("_Rows", Codes, Packed)
 
 
-def _codes_view(*functions: Callable) -> Callable[[Callable], Callable]:
+def _rows_view(*functions: Callable) -> Callable[[Callable], Callable]:
     def register(handler: Callable) -> Callable:
-        _CODES_VIEWS.update(dict.fromkeys(functions, handler))
+        _ROWS_VIEWS.update(dict.fromkeys(functions, handler))
         return handler
 
     return register
 
 
-@_codes_view(aten.detach.default, aten.alias.default)
-def _same_codes(codes: Codes) -> Codes:
-    return codes
+def _of_parts(layout: _Rows, func: Callable, args: tuple) -> _Rows | None:
+    """The same view of all that it is made of: all but the last dimension are the weight's own."""
+    names = ("rows",) if isinstance(layout, Codes) else ("values", "scales")
+    parts = {name: getattr(layout, name).apply(func, args, {}) for name in names}
+    return None if None in parts.values() else replace(layout, **parts)
 
 
-@_codes_view(aten.transpose.int)
-def _transpose_codes(codes: Codes, dim0: int, dim1: int) -> Codes | None:
-    rank = len(codes.shape)
+@_rows_view(aten.detach.default, aten.alias.default)
+def _same_rows(layout: _Rows) -> _Rows:
+    return layout
+
+
+@_rows_view(aten.transpose.int)
+def _transpose_rows(layout: _Rows, dim0: int, dim1: int) -> _Rows | None:
+    rank = len(layout.shape)
     if {_positive(dim0, rank), _positive(dim1, rank)} != {rank - 2, rank - 1}:
         return None
-    return replace(codes, transposed=not codes.transposed)
+    return replace(layout, transposed=not layout.transposed)
 
 
-@_codes_view(aten.t.default)
-def _t_codes(codes: Codes) -> Codes | None:
-    return _transpose_codes(codes, 0, 1) if len(codes.shape) == 2 else None
+@_rows_view(aten.t.default)
+def _t_rows(layout: _Rows) -> _Rows | None:
+    return _transpose_rows(layout, 0, 1) if len(layout.shape) == 2 else None
 
 
-@_codes_view(aten.select.int)
-def _select_codes(codes: Codes, dim: int, index: int) -> Codes | None:
-    dim = _positive(dim, len(codes.shape))
-    if dim >= len(codes.shape) - 2:
-        return None
-    return replace(codes, rows=codes.rows.apply(aten.select.int, (dim, index), {}))
+@_rows_view(aten.select.int)
+def _select_rows(layout: _Rows, dim: int, index: int) -> _Rows | None:
+    dim = _positive(dim, len(layout.shape))
+    return None if dim >= len(layout.shape) - 2 else _of_parts(layout, aten.select.int, (dim, index))
 
 
-@_codes_view(aten.slice.Tensor)
-def _slice_codes(
-    codes: Codes, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Codes | None:
+@_rows_view(aten.slice.Tensor)
+def _slice_rows(
+    layout: _Rows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> _Rows | None:
     """Of experts or output features: any. Of input features: only all of them."""
-    rank = len(codes.shape)
+    rank = len(layout.shape)
     dim = _positive(dim, rank)
-    if dim == (rank - 2 if codes.transposed else rank - 1):
-        return codes if slice(start, end, step).indices(codes.in_features) == (0, codes.in_features, 1) else None
+    if dim == (rank - 2 if layout.transposed else rank - 1):
+        size = layout.shape[dim]
+        return layout if slice(start, end, step).indices(size) == (0, size, 1) else None
     rows_dim = rank - 2 if dim >= rank - 2 else dim
-    return replace(codes, rows=codes.rows.apply(aten.slice.Tensor, (rows_dim, start, end, step), {}))
+    return _of_parts(layout, aten.slice.Tensor, (rows_dim, start, end, step))
 
 
-@_codes_view(aten.unbind.int)
-def _unbind_codes(codes: Codes, dim: int = 0) -> list[Codes] | None:
-    parts = [_select_codes(codes, dim, index) for index in range(codes.shape[dim])]
+@_rows_view(aten.unbind.int)
+def _unbind_rows(layout: _Rows, dim: int = 0) -> list[_Rows] | None:
+    parts = [_select_rows(layout, dim, index) for index in range(layout.shape[dim])]
     return None if None in parts else parts
 
 

@@ -45,6 +45,7 @@ _PIECES = 4  # that fit into staging at once, at least
 _AHEAD_UNITS = 256  # at most: of small ones, looking further costs more than it gives
 _SKIPPED_MAX = 8  # a unit so far ahead is still ahead, however short the order is
 _ROWS_BYTES_MAX = MIB  # of rows in memory of their own, until they are copied
+_UNITS_MAX = 2**16  # that are remembered, before those are forgotten that were not used for long
 _AGING_USES = 4096  # of routed units, until all counts are halved
 
 
@@ -59,6 +60,7 @@ class Unit:
     kept: bool = False  # stays in memory from its first use on
     routed: bool = False  # used when something calls for it: not one of the order
     memory: Tensor | None = None
+    view: Tensor | None = None  # the elements there, of one that stays
     ticket: int | Reading | None = None  # of the read into it
     ready: Event | None = None  # on a card: its elements are there after it
     loaded: bool = False
@@ -67,6 +69,8 @@ class Unit:
     stale: bool = False  # its file was written to while it had users
     index: int | None = None  # in the order
     expected: bool = True  # in the next pass: it was used in the last one
+    last_use: int = 0  # of all uses of the order, counted
+    forgotten: bool = False
     use_count: float = 0.0  # of a routed one
     step: int = -1  # at which the first of the threads in lockstep used it; -1: not used since it was read
     counted: bool = False  # the use that was announced
@@ -84,11 +88,16 @@ class Unit:
 
     def elements(self) -> Tensor:
         """The layout's, out of its memory."""
+        if self.view is not None:
+            return self.view
         leaves = (
             leaf.elements(self.memory[place + each.offset % BLOCK_BYTES :][: each.byte_count])
             for leaf, each, place in zip(self.layout.leaves, self.ranges, self.places, strict=True)
         )
-        return self.layout.assemble(leaves)
+        elements = self.layout.assemble(leaves)
+        if self.kept and elements.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr():
+            self.view = elements
+        return elements
 
 
 def kept_bytes(unit: Unit) -> int:
@@ -164,8 +173,10 @@ class Stream:
         self._changed = threading.Condition()  # of everything below
         self._files: dict[str, InputFile] = {}
         self._units: dict[tuple, Unit] = {}
+        self._pieces: dict[tuple, tuple[int, list[Layout]]] = {}
         self._order: list[Unit] = []
         self._position = -1  # in it: of the last unit that was used
+        self._uses = 0  # of its units
         self._staged: dict[int, Unit] = {}  # by id: those with memory of staging
         self._announced: deque[Unit] = deque()
         self._small: dict[tuple, tuple[Layout, Tensor]] = {}  # whole small tensors, the last used last
@@ -186,6 +197,10 @@ class Stream:
         if self.card is not None:
             self.card.start(self.reader)
         self._finalizer = weakref.finalize(self, _close_reader, self.reader, self.card, os.getpid())
+        _streams.add(self)
+
+    def __deepcopy__(self, memo: dict) -> Stream:
+        return self  # as copies of its tensors use it too
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -388,6 +403,14 @@ class Stream:
 
     def pieces(self, layout: Layout) -> tuple[int, list[Layout]]:
         """The layout, cut along one dimension into what fits into staging: that dimension, and the pieces in order."""
+        cut = self._pieces.get(layout.key)
+        if cut is None:
+            if len(self._pieces) >= _UNITS_MAX:
+                self._pieces.clear()
+            cut = self._pieces[layout.key] = self._find_pieces(layout)
+        return cut
+
+    def _find_pieces(self, layout: Layout) -> tuple[int, list[Layout]]:
         if isinstance(layout, Join) and layout.dim == 0 and layout.leaves:
             return 0, [piece for part in layout.parts for piece in self._cut(part, 0)]
         dim = 0
@@ -402,7 +425,8 @@ class Stream:
         if count <= 1:
             return [layout]
         step = max(size // count, 1)
-        return [narrow(layout, dim, begin, min(begin + step, size)) for begin in range(0, size, step)]
+        pieces = [narrow(layout, dim, begin, min(begin + step, size)) for begin in range(0, size, step)]
+        return [layout] if None in pieces else pieces
 
     # ---- what is expected --------------------------------------------------------------------------------------------
 
@@ -428,15 +452,14 @@ class Stream:
                 return
             self._small_bytes_max = max(small_bytes, MIB)
             left = self.memory_budget_bytes - self._staging_bytes - small_bytes
-            total = sum(unit.byte_count for unit in self._order)
-            share = min(max(left, 0) / max(total, 1), 1.0)
+            share = min(max(left, 0) / max(sum(kept_bytes(unit) for unit in self._order), 1), 1.0)
             due = 0.0
             for unit in self._order:
-                due += share * unit.byte_count
                 size = kept_bytes(unit)
-                if share == 1.0 or (due >= unit.byte_count / 2 and size <= left):
+                due += share * size
+                if due >= size / 2 and size <= left:
                     unit.kept = True
-                    due -= unit.byte_count
+                    due -= size
                     left -= size
             self._routed_bytes = routed_bytes
             self._routed_bytes_left = max(min(left, routed_bytes), 0)
@@ -452,6 +475,7 @@ class Stream:
         self._order = []
         self._announced.clear()
         self._position = -1
+        self._uses = 0
         self._routed_bytes_left = 0
 
     @property
@@ -597,6 +621,8 @@ class Stream:
     def _unit(self, layout: Layout, *, routed: bool = False) -> Unit:
         unit = self._units.get(layout.key)
         if unit is None:
+            if len(self._units) >= _UNITS_MAX:
+                self._forget_old()
             unit = self._units[layout.key] = Unit.of(layout)
             unit.routed = routed
         return unit
@@ -632,6 +658,7 @@ class Stream:
 
     def _load(self, unit: Unit) -> None:
         """Returns when its elements are in its memory."""
+        retried = False
         while True:
             with self._changed:
                 while unit.awaited:  # by another thread
@@ -642,7 +669,8 @@ class Stream:
                 try:
                     if unit.memory is None:
                         self._make_room(unit)
-                    if unit.ticket is None:
+                    ahead = unit.ticket is not None
+                    if not ahead:
                         self._submit(unit, background=False)
                     self._read_ahead()
                 except BaseException:
@@ -651,11 +679,14 @@ class Stream:
                     raise
             try:
                 self._await(unit)
-            except BaseException:
+            except BaseException as error:
                 with self._changed:
                     unit.awaited = False
                     unit.ticket = None
                     self._changed.notify_all()
+                if isinstance(error, StoreError) and ahead and not retried:
+                    retried = True  # what went wrong then may be over now
+                    continue
                 raise
             with self._changed:
                 unit.awaited = False
@@ -741,6 +772,7 @@ class Stream:
         elif unit.memory is not None:
             self._kept_bytes -= unit.memory.numel()
         unit.memory = None
+        unit.view = None
         unit.ticket = None
         unit.loaded = False
         unit.step = -1
@@ -759,7 +791,7 @@ class Stream:
         if size > self._routed_bytes_left:
             others = (each for each in self._units.values() if each.routed and each.kept and each.users == 0)
             least = min(others, key=lambda each: each.use_count, default=None)
-            if least is None or least.use_count >= unit.use_count or kept_bytes(least) < size:
+            if least is None or least.use_count >= unit.use_count or kept_bytes(least) + self._routed_bytes_left < size:
                 return
             self._release(least)
             least.kept = False
@@ -771,30 +803,57 @@ class Stream:
 
     def _advance(self, unit: Unit) -> None:
         """The unit is used now: goes on to it in the order, which learns from it."""
+        self._uses += 1
+        unit.last_use = self._uses
         unit.expected = True
         if unit.index is None:
             self._insert(unit)
             return
         count = len(self._order)
         distance = (unit.index - self._position) % count
-        if distance > max(_SKIPPED_MAX, count // 2):  # rather one that comes earlier now than all of a pass skipped
-            del self._order[unit.index]
-            if unit.index <= self._position:
-                self._position -= 1
-            self._insert(unit)
-            return
+        near = distance <= max(
+            _SKIPPED_MAX, count // 2
+        )  # else rather one that comes earlier than all of a pass skipped
+        gone = True
         for step in range(1, distance):
             skipped = self._order[(self._position + step) % count]
-            skipped.expected = False
-            if skipped.users == 0 and id(skipped) in self._staged:
-                self._release(skipped)
-        self._position = unit.index
+            unused = self._uses - skipped.last_use > count
+            gone = gone and unused
+            if near or unused:
+                skipped.expected = False
+                if skipped.users == 0 and not self._is_held(skipped) and id(skipped) in self._staged:
+                    self._release(skipped)
+        if gone:
+            self._position = unit.index
+            return
+        # What it came before is used after it, if at all.
+        del self._order[unit.index]
+        if unit.index <= self._position:
+            self._position -= 1
+        self._insert(unit, moved_from=unit.index)
 
-    def _insert(self, unit: Unit) -> None:
+    def _insert(self, unit: Unit, *, moved_from: int | None = None) -> None:
         self._position += 1
         self._order.insert(self._position, unit)
-        for index in range(len(self._order)):
+        begin = self._position if moved_from is None else min(self._position, moved_from)
+        for index in range(begin, len(self._order)):
             self._order[index].index = index
+
+    def _forget_old(self) -> None:
+        """Units that were not used for long, of tensors that may not be there any more."""
+        long_ago = self._uses - _UNITS_MAX // 4
+        for key, unit in list(self._units.items()):
+            if unit.users == 0 and not unit.kept and unit.last_use < long_ago and unit.use_count < 1:
+                if unit.memory is not None:
+                    self._release(unit)
+                del self._units[key]
+                unit.forgotten = True
+        current = self._order[self._position] if self._order else None
+        self._order = [unit for unit in self._order if not unit.forgotten]
+        for index, unit in enumerate(self._order):
+            unit.index = index
+        self._position = -1 if current is None or current.forgotten else current.index
+        self._pieces.clear()
 
     def _read_ahead(self) -> None:
         """Begins to read what is used next, as far as memory goes."""
@@ -872,6 +931,20 @@ def _is_there(file: InputFile) -> bool:
         file.byte_count,
         file.mtime_ns,
     )
+
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child, where a thread that had one is not there any more. Reading raises there."""
+    for stream in _streams:
+        stream._changed = threading.Condition()
+        if stream.card is not None:
+            stream.card.renew_locks()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _open_card(device: torch.device, staging_bytes: int, directory: str, gpu_io: str) -> WeightCard:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_csd.config import as_int
 from torch_csd.errors import CheckpointError, StoreError
 from torch_csd.tensor import StorageTensor
-from torch_csd.weights.files import SAFETENSORS_DTYPES, read_header
+from torch_csd.weights.files import SAFETENSORS_DTYPES, reach_bytes, read_header
 from torch_csd.weights.layout import Codes, Join, Layout, Region, as_read, element, numel
 from torch_csd.weights.stream import Stream
 
@@ -79,15 +79,16 @@ class FileTensor(StorageTensor):
     ) -> FileTensor:
         """Another view of the same files, converted as this one unless another dtype or device is named."""
         with torch._C.DisableTorchFunctionSubclass():
+            before = self.dtype if self._casts else layout.dtype
             view = FileTensor(
                 layout,
                 self._stream,
-                dtype=dtype or (self.dtype if self._casts else layout.dtype),
+                dtype=dtype or before,
                 device=device or self.device,
                 routed=self._routed,
                 writable=self._writable,
             )
-            view._casts = self._casts if dtype in (None, self.dtype) else (*self._casts, dtype)
+            view._casts = self._casts if dtype in (None, before) else (*self._casts, dtype)
             return view
 
     def become(self, other: FileTensor) -> None:
@@ -127,7 +128,8 @@ class FileTensor(StorageTensor):
     def write_(self, values: Tensor) -> FileTensor:
         """Writes ``values`` ([this shape], converted to the dtype that the file has) over the elements in the file.
 
-        Returns when the file has them; like any write, they are on the drive for good after ``os.fsync``.
+        Returns when the file has them; like any write, they are on the drive for good after ``os.fsync``. Nothing may
+        read the file meanwhile.
 
         Raises:
             ValueError: another shape. StoreError: the file was not opened with ``mode="r+"`` or ``"w+"``, or writing
@@ -216,6 +218,8 @@ def from_file(
     if mode not in ("r", "r+", "w+"):
         raise ValueError(f'mode must be "r", "r+" or "w+", got {mode!r}')
     sizes = [as_int(size, "a size in shape", low=0) for size in shape]
+    if reach_bytes(dtype, sizes) >= 2**63:
+        raise ValueError(f"shape must be that of a tensor, got {sizes}")
     offset = as_int(offset, "offset", low=0)
     wanted = offset + dtype.itemsize * math.prod(sizes)
     stream = default_stream()
