@@ -55,6 +55,8 @@ def open_device(device: torch.device) -> Device:
     Raises:
         GpuUnavailableError: there is no such card, CuPy is missing, or kernels cannot be compiled for the card.
     """
+    if device.index is None and torch.cuda.is_available():
+        device = torch.device(device.type, torch.cuda.current_device())
     if device in _devices:
         return _devices[device]
     wanted = f'device="{device}"'
