@@ -27,13 +27,16 @@ class HeldError(RuntimeError):
 class Held:
     """Calls functions of this file in a process of its own, which ends with this."""
 
-    def __init__(self, *, threads: int, limit_bytes: int | None = None) -> None:
-        """limit_bytes: of its private memory (RLIMIT_DATA), or None. Files that are mapped are not part of it."""
+    def __init__(self, *, threads: int, limit_bytes: int | None = None, sleeping: bool = False) -> None:
+        """limit_bytes: of its private memory (RLIMIT_DATA), or None. Files that are mapped are not part of it.
+        sleeping: OpenMP's idle threads sleep, unless OMP_WAIT_POLICY says otherwise; load_checkpoint sees to it itself.
+        """
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(threads), str(limit_bytes or 0)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=({"OMP_WAIT_POLICY": "passive"} if sleeping else {}) | os.environ,
         )
 
     def __enter__(self) -> Held:
