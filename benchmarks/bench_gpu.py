@@ -46,6 +46,7 @@ SECTIONS = {
     "environment": Section("gpu.environment", "measure", 60),
     "kernels": Section("gpu.kernels", "measure", 80),
     "transfers": Section("gpu.transfers", "measure", 50),
+    "weights": Section("gpu.weights", "measure", 60),
     "prefill": Section("gpu.models", "measure_prefill", 75),
     "decode": Section("gpu.models", "measure_decode", 90),
     "correctness": Section("gpu.correctness", "measure", 70),

@@ -216,6 +216,92 @@ def test_a_file_opened_to_be_read_only_is_not_written_to(path):
     transfer.close()
 
 
+# ---- files that others wrote -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """No whole number of blocks, and from the first byte on."""
+    data = random_bytes(3 * MiB + 1234, seed=3)
+    (tmp_path / "foreign").write_bytes(data.numpy().tobytes())
+    return tmp_path / "foreign", data
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 5 * BLOCK + 100])
+def test_a_file_that_others_wrote_is_read_to_its_last_byte(foreign, limit_bytes, backends):
+    target, data = foreign
+    transfer = GdsTransfer(StubDevice(), None, depth=4, threads=2, task_bytes=MiB)
+    file = transfer.open(str(target))
+    slab = transfer.register(4 * MiB)
+    cufile.stub_limit_bytes(ctypes.c_long(limit_bytes))
+    for offset in (0, 2 * MiB, 3 * MiB):
+        byte_count = -(-(len(data) - offset) // BLOCK) * BLOCK
+        assert move(transfer, Request(False, offset, byte_count, slab, 0, None, None, file)).error is None
+        memory = slab.memory.as_subclass(torch.Tensor)
+        assert torch.equal(memory[: len(data) - offset], data[offset:])
+    cufile.stub_limit_bytes(ctypes.c_long(0))
+    assert set(backends()) == {"GDS"}
+    for write, offset in ((True, 0), (False, 4 * MiB)):
+        with pytest.raises(ValueError, match="only read" if write else "must lie in bytes 0 to 3149824"):
+            transfer.submit(Request(write, offset, BLOCK, slab, 0, None, None, file))
+    with pytest.raises(ValueError, match="name a file"):
+        transfer.submit(request(slab, False))
+    os.truncate(target, 2 * MiB)
+    assert not file.is_as_it_was()
+    error = move(transfer, Request(False, 0, 3 * MiB, slab, 0, None, None, file)).error
+    assert error.errno == errno.EIO and f"of {target} failed (end of file)" in str(error)
+    transfer.close()
+    assert cufile.stub_files_open() == 0
+
+
+def test_a_file_stays_the_same_when_another_takes_its_name(foreign, tmp_path):
+    target, data = foreign
+    transfer = GdsTransfer(StubDevice(), None, depth=4)
+    file = transfer.open(str(target))
+    (tmp_path / "other").write_bytes(bytes(BLOCK))
+    os.replace(tmp_path / "other", target)
+    slab = transfer.register(MiB)
+    assert move(transfer, Request(False, 0, MiB, slab, 0, None, None, file)).error is None
+    assert torch.equal(slab.memory.as_subclass(torch.Tensor), data[:MiB])
+    transfer.close()
+    with pytest.raises(StoreError, match="none: opening it failed: No such file"):
+        GdsTransfer(StubDevice(), None).open(str(tmp_path / "none"))
+
+
+def test_weights_come_straight_to_the_card(foreign, monkeypatch):
+    import torch_csd.cuda
+    from torch_csd.weights.layout import Region
+    from torch_csd.weights.stream import Stream
+
+    target, data = foreign
+    device = StubDevice()
+    current = device.new_stream()
+    device.current_stream = lambda: current
+    monkeypatch.setattr(torch_csd.cuda, "open_device", lambda _: device)
+    monkeypatch.setattr(torch_csd.cuda, "choose_direct", lambda card, *_: (GdsTransfer(card, None, depth=4), "stubs"))
+    stream = Stream(4 * MiB, staging_bytes=MiB, device=device.torch_device)
+    file = stream.open(target)
+    step = 200_001
+    parts = [(begin, min(step, len(data) - begin)) for begin in range(0, len(data), step)]
+    layouts = [Region.make(file, torch.uint8, (count,), begin) for begin, count in parts]
+    for keep in (False, True):
+        stream.expect(layouts, keep=keep)
+        for _ in range(3):
+            for (begin, count), layout in zip(parts, layouts, strict=True):
+                with stream.use(layout) as elements:
+                    assert torch.equal(elements.as_subclass(torch.Tensor), data[begin : begin + count])
+    stats = stream.stats()
+    assert stats["gpu_io"] == "gds" and stats["bytes_read"] == stats["gpu_copied_bytes"] == 0
+    assert stats["gpu_direct_bytes"] > 4 * len(data) and stats["pinned_bytes"] == MiB // 2
+    os.truncate(target, MiB)
+    stream.expect(layouts, keep=False)
+    with pytest.raises(StoreError, match=f"{target}: changed while it was in use"):
+        with stream.use(layouts[0]):
+            pass
+    stream.close()
+    assert cufile.stub_files_open() == 0
+
+
 def test_threads_end_with_the_transfer(path):
     before = threading.active_count()
     transfer = GdsTransfer(StubDevice(), path, threads=3, task_bytes=BLOCK)

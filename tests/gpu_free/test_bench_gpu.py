@@ -315,3 +315,25 @@ def test_whole_models_are_measured_on_an_emulated_card(tmp_path, monkeypatch, on
     assert auto.bar == models.AUTO_BAR and "stay on the card" in auto.reason
     same = found["same tokens, float32, executor=gpu, resident=False"]
     assert (same.value, same.verdict) == (2, "met")
+
+
+def test_weights_are_streamed_and_a_token_is_timed_on_an_emulated_card(tmp_path, monkeypatch, one_thread):
+    transformers = pytest.importorskip("transformers")
+    from gpu import weights
+
+    emulated_card.install(monkeypatch)
+    rows: list[Row] = []
+    run = make_run(tmp_path, rows, wall_timer=Clock(), rounds=1)
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    weights.measure(run, weights.Sizes(config, 4 << 20))
+    found = by_name(rows)
+    assert not any(row.failed for row in rows), [row.reason for row in rows if row.failed]
+    assert found["weights to card, pinned"].bar == found["token, weights on the drive, pinned"].bar == weights.BAR
+    assert "no CUDA device" in found["weights to card, gds"].reason
+    assert "MiB/tok" in found["token, weights on the drive, pinned"].reason
+    same = found["same logits, weights on the drive"]
+    assert (same.value, same.verdict) == (2, "met")
+    assert list(tmp_path.iterdir()) == []

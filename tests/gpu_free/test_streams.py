@@ -1,84 +1,22 @@
-"""Streams that take their time: what is not waited for is not there yet, or is gone already.
-
-An emulated device does everything at once, which hides an event that nobody waits for. These do not: work stays undone
-until something that was waited for needs it.
-"""
+"""A store's share on a card whose streams take their time (late_streams.py)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import emulated_card
 import numpy as np
 import pytest
 import torch
 from emulated_device import EmulatedDevice
+from late_streams import LateCopies, LateStream, PromptStream
 from support import assert_attention_equal, random_kv
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_csd.cuda
 from torch_csd import KVStore, reference
 
 HEADS, HEAD_DIM_K, HEAD_DIM_V = 2, 16, 24
 PAGE_BYTES = 4 * HEADS * (HEAD_DIM_K + HEAD_DIM_V) * 64
-
-
-class LateEvent:
-    def __init__(self, stream: LateStream, place: int) -> None:
-        self._stream, self._place = stream, place
-
-    def query(self) -> bool:
-        return self._stream.done >= self._place
-
-    def synchronize(self) -> None:
-        self._stream.run(self._place)
-
-
-class LateStream:
-    """Does what it was given when an event behind it is waited for, and not before."""
-
-    def __init__(self) -> None:
-        self.work: list[Callable[[], object] | None] = []
-        self.done = 0
-
-    def add(self, work: Callable[[], object]) -> None:
-        self.work.append(work)
-
-    def run(self, end: int) -> None:
-        while self.done < end:
-            work, self.work[self.done] = self.work[self.done], None
-            self.done += 1
-            work()
-
-    def record_event(self) -> LateEvent:
-        return LateEvent(self, len(self.work))
-
-    def wait_event(self, event) -> None:
-        self.add(event.synchronize)
-
-    def synchronize(self) -> None:
-        self.run(len(self.work))
-
-
-class PromptStream(LateStream):
-    """Does everything at once."""
-
-    def add(self, work: Callable[[], object]) -> None:
-        super().add(work)
-        self.synchronize()
-
-
-class LateCopies(TorchDispatchMode):
-    def __init__(self, stream: LateStream) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.copy_.default:
-            self._stream.add(lambda: func(*args, **(kwargs or {})))
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class LateDevice(EmulatedDevice):

@@ -1,7 +1,7 @@
-"""The GPU path: pages packed on the card, moved between card and drive, and attended to there.
+"""The GPU path: pages packed on the card, moved between card and drive, and attended to there; weights brought there.
 
-Imported only when tokens on a CUDA device meet a store, or a store is to use one; importing it loads neither CuPy nor
-kvikio.
+Imported only when tokens on a CUDA device meet a store, or a store or a model's weights are to use one; importing it
+loads neither CuPy nor kvikio.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch_csd.cuda.device import Device, Kernel
 from torch_csd.errors import GpuUnavailableError
 
 if TYPE_CHECKING:
+    from torch_csd.cuda.gds import GdsTransfer
     from torch_csd.cuda.transfer import Transfer
 
 
@@ -49,13 +50,24 @@ _devices: dict[torch.device, Device] = {}  # one each: they keep what they have 
 
 
 def open_device(device: torch.device) -> Device:
-    """The card that tokens are on.
+    """The card that tokens are on, or that a model computes on.
 
     Raises:
-        GpuUnavailableError: CuPy is missing, or kernels cannot be compiled for the card.
+        GpuUnavailableError: there is no such card, CuPy is missing, or kernels cannot be compiled for the card.
     """
+    if device.index is None and torch.cuda.is_available():
+        device = torch.device(device.type, torch.cuda.current_device())
     if device in _devices:
         return _devices[device]
+    wanted = f'device="{device}"'
+    if not torch.cuda.is_available():
+        raise GpuUnavailableError(
+            f'{wanted} needs a CUDA device; there is none (torch {torch.__version__}): use device="cpu", or a torch '
+            f"that is built for CUDA and a driver"
+        )
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise GpuUnavailableError(f"{wanted}: the last CUDA device here is cuda:{torch.cuda.device_count() - 1}")
+    _check_packages(wanted)
     from torch_csd.cuda.cuda_device import CudaDevice
 
     try:
@@ -74,6 +86,20 @@ def choose_transfer(card: Device, drive: Tensor, config: StoreConfig, writable: 
     if config.gpu_io == "pinned":
         return transfer, "pinned memory, as asked"
     return transfer, probe.probe_gpu_io(config.directory, card.torch_device.index or 0).reason
+
+
+def choose_direct(card: Device, directory: str, gpu_io: str) -> tuple[GdsTransfer | None, str]:
+    """GPUDirect Storage for files of a directory that are only read; None: they go by pinned memory. And why so.
+
+    Raises:
+        GpuUnavailableError: it was asked for and is not active.
+    """
+    from torch_csd.cuda import probe
+
+    transfer = probe.open_direct(card, directory, gpu_io)
+    if gpu_io == "pinned":
+        return transfer, "pinned memory, as asked"
+    return transfer, probe.probe_gpu_io(directory, card.torch_device.index or 0).reason
 
 
 def open_card(device: torch.device, drive: Tensor, config: StoreConfig, *, writable: bool) -> Card:

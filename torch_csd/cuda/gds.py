@@ -20,7 +20,16 @@ import torch
 
 from torch_csd.catalogue import BLOCK_BYTES
 from torch_csd.cuda.device import Device
-from torch_csd.cuda.transfer import Completion, OpenFile, Request, Slab, closed_error, end_of_file_error, io_error
+from torch_csd.cuda.transfer import (
+    Completion,
+    ForeignFile,
+    OpenFile,
+    Request,
+    Slab,
+    closed_error,
+    end_of_file_error,
+    io_error,
+)
 from torch_csd.errors import StoreError
 
 _CODES = {os.strerror(code): code for code in sorted(errno.errorcode, reverse=True)}
@@ -49,6 +58,17 @@ def compat_mode_off() -> Iterator[None]:
         yield
 
 
+def _open(path: str, name: str, flags: str) -> object:
+    """kvikio.CuFile. name: for the error."""
+    import kvikio
+
+    try:
+        with compat_mode_off():
+            return kvikio.CuFile(path, flags)
+    except RuntimeError as error:
+        raise StoreError(f"{name}: kvikio cannot open it for GPUDirect Storage: {error}") from None
+
+
 @dataclass(eq=False)
 class _Flight:
     request: Request
@@ -60,7 +80,8 @@ class _Flight:
 class GdsTransfer:
     """A `Transfer`. cuFile's calls block, so threads of its own make them, `task_bytes` at a time.
 
-    path: of the drive's file (`ops.file_path`). writable: False opens it to be read only.
+    path: of a drive's file (`ops.file_path`); None: it has no file of its own, only those of `open`. writable: False
+    opens it to be read only.
 
     Raises:
         StoreError: kvikio cannot open the file for GPUDirect Storage.
@@ -71,7 +92,7 @@ class GdsTransfer:
     def __init__(
         self,
         device: Device,
-        path: str,
+        path: str | None,
         *,
         depth: int = 32,
         threads: int = 8,
@@ -80,7 +101,6 @@ class GdsTransfer:
     ) -> None:
         if task_bytes < BLOCK_BYTES or task_bytes % BLOCK_BYTES:
             raise ValueError(f"task_bytes must be a multiple of {BLOCK_BYTES}, got {task_bytes}")
-        import kvikio
         import kvikio.buffer
 
         self.depth = depth
@@ -90,18 +110,34 @@ class GdsTransfer:
         self._buffer = kvikio.buffer
         self._device = device
         self._task_bytes = task_bytes
-        self._file = OpenFile(path)
-        try:
-            with compat_mode_off():
-                self._cufile = kvikio.CuFile(path, "r+" if writable else "r")
-        except RuntimeError as error:
-            raise StoreError(f"{path}: kvikio cannot open it for GPUDirect Storage: {error}") from None
+        self._own = None if path is None else OpenFile(path)
+        self._files: dict[OpenFile, object] = {}  # kvikio.CuFile of each
+        if self._own is not None:
+            self._files[self._own] = _open(path, path, "r+" if writable else "r")
         self._pool = ThreadPoolExecutor(threads, "torch_csd-gds", self._enter_thread)
         self._slabs: list[tuple[Slab, bool]] = []  # with whether cuFile knows them
         self._in_flight = 0
         self._done: list[Completion] = []  # not reaped
         self._arrived = threading.Condition()  # of the three above, and of the counters
         self._closed = False
+
+    def open(self, path: str) -> ForeignFile:
+        """A file that others wrote, for requests that read of it. It stays open until this is closed.
+
+        Raises:
+            StoreError: it cannot be opened, or not for GPUDirect Storage.
+        """
+        self._check_open()
+        try:
+            file = ForeignFile(path)
+        except OSError as error:
+            raise StoreError(f"{path}: opening it failed: {error.strerror}") from None
+        try:
+            self._files[file] = _open(file.descriptor_path, path, "r")
+        except StoreError:
+            file.close()
+            raise
+        return file
 
     # ---- the contract --------------------------------------------------------------------------------------------
 
@@ -125,7 +161,10 @@ class GdsTransfer:
         self._check_open()
         if self.in_flight >= self.depth:
             raise RuntimeError(f"more than the depth of {self.depth} requests in flight; reap first")
-        self._file.check(request)
+        file = request.file or self._own
+        if file not in self._files:
+            raise ValueError("a request must name a file that this transfer has opened")
+        file.check(request)
         begins = range(0, request.byte_count, self._task_bytes)
         flight = _Flight(request, len(begins))
         with self._arrived:
@@ -163,7 +202,10 @@ class GdsTransfer:
                 if registered:
                     self._buffer.memory_deregister(slab.memory)
         self._slabs.clear()
-        self._cufile.close()
+        for file, cufile in self._files.items():
+            cufile.close()
+            file.close()
+        self._files.clear()
 
     # ---- in the threads ------------------------------------------------------------------------------------------
 
@@ -196,11 +238,13 @@ class GdsTransfer:
             self._arrived.notify_all()
 
     def _move(self, request: Request, begin: int, end: int) -> OSError | None:
-        call = self._cufile.raw_write if request.write else self._cufile.raw_read
+        file = request.file or self._own
+        call = self._files[file].raw_write if request.write else self._files[file].raw_read
+        existing = min(end, file.existing_bytes(request))  # whole blocks are asked for all the same
         place = begin
         beyond = 0  # bytes behind place that the last call moved, to be moved again
         retried = False
-        while place < end:
+        while place < existing:
             text, count = None, 0
             try:
                 count = call(request.slab.memory, end - place, request.file_offset + place, request.slab_offset + place)
@@ -212,7 +256,7 @@ class GdsTransfer:
                     retried = True  # the medium may give or take it the second time
                     continue
                 return io_error(request, code, text)
-            if count >= end - place:
+            if count >= existing - place:
                 return None
             if count <= beyond:  # however often it is asked
                 return end_of_file_error(request)

@@ -109,6 +109,8 @@ class PinnedTransfer:
         self._check_open()
         if self.in_flight >= self.depth:
             raise RuntimeError(f"more than the depth of {self.depth} requests in flight; reap first")
+        if request.file is not None:
+            raise ValueError(f"{request.file.path}: this transfer serves one drive's file only")
         self._file.check(request)
         begins = range(0, request.byte_count, PIECE_BYTES)
         flight = _Flight(request, len(begins))

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from torch_csd.config import GPU_IO_PATHS
 from torch_csd.cuda.device import Device
 from torch_csd.cuda.transfer import Transfer
 from torch_csd.errors import GpuUnavailableError, StoreError
+
+if TYPE_CHECKING:
+    from torch_csd.cuda.gds import GdsTransfer
 
 LIMIT_S = 20.0  # for kvikio to answer; it does in two where it works
 STARTUP_LIMIT_S = 60.0  # for Python, torch and CUDA before that: cold, from a network drive
@@ -77,25 +81,43 @@ def choose_transfer(
     """
     from torch_csd.cuda.pinned import PinnedTransfer
 
+    direct = open_direct(device, directory, gpu_io, drive=drive, depth=depth, writable=writable)
+    return PinnedTransfer(device, drive, depth=depth) if direct is None else direct
+
+
+def open_direct(
+    device: Device,
+    directory: str,
+    gpu_io: str,
+    *,
+    drive: Tensor | None = None,
+    depth: int = 32,
+    writable: bool = False,
+) -> GdsTransfer | None:
+    """A transfer by GPUDirect Storage; None where it is not wanted, or does not work. Arguments and errors are those
+    of :func:`choose_transfer`; without a drive it is for files that others wrote."""
     if gpu_io not in GPU_IO_PATHS:
         raise ValueError(f"gpu_io must be one of {', '.join(GPU_IO_PATHS)}, got {gpu_io!r}")
-    if gpu_io != "pinned":
-        verdict = probe_gpu_io(directory, device.torch_device.index or 0)
-        if verdict.path == "gds":
-            from torch_csd.cuda.gds import GdsTransfer
-
-            try:
-                return GdsTransfer(device, ops.file_path(drive), depth=depth, writable=writable)
-            except StoreError as error:
-                if gpu_io == "gds":
-                    raise
-                # Though it worked for a file beside it: not silently.
-                warnings.warn(f"{directory}: going by pinned memory: {error}", stacklevel=2)
-        elif gpu_io == "gds":
+    if gpu_io == "pinned":
+        return None
+    verdict = probe_gpu_io(directory, device.torch_device.index or 0)
+    if verdict.path != "gds":
+        if gpu_io == "gds":
             raise GpuUnavailableError(
                 f"{directory}: gpu_io='gds' does not work here: {verdict.reason}; use gpu_io='auto' for what does"
             )
-    return PinnedTransfer(device, drive, depth=depth)
+        return None
+    from torch_csd.cuda.gds import GdsTransfer
+
+    try:
+        path = None if drive is None else ops.file_path(drive)
+        return GdsTransfer(device, path, depth=depth, writable=writable)
+    except StoreError as error:
+        if gpu_io == "gds":
+            raise
+        # Though it worked for a file beside it: not silently.
+        warnings.warn(f"{directory}: going by pinned memory: {error}", stacklevel=3)
+        return None
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------

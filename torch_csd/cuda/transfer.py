@@ -1,8 +1,8 @@
-"""Moving bytes between the drive's file and slabs of device memory. Knows nothing of attention.
+"""Moving bytes between files and slabs of device memory. Knows nothing of attention, nor of weights.
 
 Two implementations, one contract (tests/cuda_transfer/test_contract.py): `gds.GdsTransfer`, by kvikio and GPUDirect
 Storage, and `pinned.PinnedTransfer`, by the drive's own I/O engine, pinned host memory and copy streams. `probe` finds
-out which.
+out which. Both serve a drive's file; the first also files that others wrote (`gds.GdsTransfer.open`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Slab:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One range of the file and one of a slab. All numbers are multiples of 4096.
+    """One range of a file and one of a slab. All numbers are multiples of 4096: the last block of a file that others
+    wrote may be less, and what its part of the slab holds then is not said.
 
     While it is in flight nobody else touches its part of the slab, but for what `after` waits for.
     """
@@ -44,6 +45,7 @@ class Request:
     tag: object  # comes back with the completion
     # On the device: before it, a write's bytes are not there yet, and what a read would overwrite is still in use.
     after: Event | None = None
+    file: OpenFile | None = None  # None: the transfer's own, a drive's
 
 
 class Completion(NamedTuple):
@@ -88,8 +90,8 @@ class Transfer(Protocol):
 # ---- what both implementations share ---------------------------------------------------------------------------------
 
 
-def check_request(request: Request, file_bytes: int) -> None:
-    """Raises ValueError for a request that is not aligned, or lies outside of its slab or of the pages of a file."""
+def check_request(request: Request, begin: int, end: int) -> None:
+    """Raises ValueError for a request that is not aligned, or lies outside of its slab or of bytes [begin, end)."""
     numbers = (
         ("file_offset", request.file_offset),
         ("byte_count", request.byte_count),
@@ -104,35 +106,86 @@ def check_request(request: Request, file_bytes: int) -> None:
             f"a request must lie in its slab of {slab_bytes} bytes, got {request.byte_count} bytes from "
             f"{request.slab_offset} on"
         )
-    if not DATA_OFFSET <= request.file_offset <= file_bytes - request.byte_count:
+    if not begin <= request.file_offset <= end - request.byte_count:
         raise ValueError(
-            f"a request must lie in bytes {DATA_OFFSET} to {file_bytes} of the file, got {request.byte_count} bytes "
-            f"from {request.file_offset} on"
+            f"a request must lie in bytes {begin} to {end} of the file, got {request.byte_count} bytes from "
+            f"{request.file_offset} on"
         )
 
 
 def io_error(request: Request, code: int, detail: str = "") -> OSError:
     """What a completion says of a request that failed; detail: what the library says of it."""
     verb = "writing" if request.write else "reading"
-    text = f"{os.strerror(code)}: {verb} {request.byte_count} bytes at byte {request.file_offset} of the KV file failed"
+    file = "the KV file" if request.file is None else request.file.path
+    text = f"{os.strerror(code)}: {verb} {request.byte_count} bytes at byte {request.file_offset} of {file} failed"
     return OSError(code, f"{text} ({detail})" if detail else text)
 
 
 class OpenFile:
-    """A path to a file that grows, and how long it is: looked at again only when that is too short."""
+    """A drive's file, by a path: it grows, so its length is looked at again when that is too short."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._bytes = 0
 
     def check(self, request: Request) -> None:
-        """As `check_request`."""
+        """As `check_request`, of the pages that the file has."""
         if request.file_offset + request.byte_count > self._bytes:
             try:
                 self._bytes = os.stat(self.path).st_size
             except FileNotFoundError:  # the drive's descriptor is gone
                 raise closed_error() from None
-        check_request(request, self._bytes)
+        check_request(request, DATA_OFFSET, self._bytes)
+
+    def existing_bytes(self, request: Request) -> int:
+        """Of the request: those that the file has."""
+        return request.byte_count
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class ForeignFile(OpenFile):
+    """A file that others wrote, as it was when it was opened: only read, from its first byte to its last.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.version = self._version()
+
+    @property
+    def descriptor_path(self) -> str:
+        """By which another opener of this process gets this file, whatever has its name by now."""
+        return f"/proc/self/fd/{self._descriptor}"
+
+    def check(self, request: Request) -> None:
+        if request.write:
+            raise ValueError(f"{self.path}: is only read, got a request to write")
+        check_request(request, 0, -(-self.version[0] // BLOCK_BYTES) * BLOCK_BYTES)
+
+    def existing_bytes(self, request: Request) -> int:
+        return min(request.byte_count, self.version[0] - request.file_offset)
+
+    def is_as_it_was(self) -> bool:
+        return self._version() == self.version
+
+    def refresh(self) -> None:
+        """Takes the file as it is now."""
+        self.version = self._version()
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _version(self) -> tuple[int, int, int, int]:
+        """Bytes, when it was last written to, in ns, and which file it is."""
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
 
 def closed_error() -> StoreClosedError:

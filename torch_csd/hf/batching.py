@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from torch_csd import ops
+from torch_csd.weights.functions import is_on_card
 from torch_csd.weights.layout import Codes
-from torch_csd.weights.quantised import quantised_linear
+from torch_csd.weights.quantised import linear_on_card, quantised_linear
 from torch_csd.weights.tensor import FileTensor
 
 ACTIVATION_BYTES = 256 * 2**20  # of one micro-batch's prompts in the widest layer
@@ -162,30 +163,37 @@ def _element_s(weights: Sequence[FileTensor], rows: int) -> float:
     in_features = example.shape[-1]
     out_features = max(min(_GEMM_BYTES // (2 * in_features), example.shape[-2]), 1)
     x = torch.randn(rows, in_features, device=example.device).to(example.dtype)
-    timer = _codes_timer if isinstance(example._layout, Codes) else _dense_timer
-    seconds = timer(x, out_features, example)
-    return seconds / (in_features * out_features)
+    make = _codes_call if isinstance(example._layout, Codes) else _dense_call
+    return _median_s(make(x, out_features, example), x.device) / (in_features * out_features)
 
 
-def _dense_timer(x: torch.Tensor, out_features: int, example: FileTensor) -> float:
+def _dense_call(x: torch.Tensor, out_features: int, example: FileTensor) -> Callable[[], object]:
     weight = torch.randn(out_features, x.shape[-1], device=x.device).to(example.dtype)
-    return _median_s(lambda: torch.nn.functional.linear(x, weight))
+    return lambda: torch.nn.functional.linear(x, weight)
 
 
-def _codes_timer(x: torch.Tensor, out_features: int, example: FileTensor) -> float:
-    bits = example._layout.bits
-    rows = ops.quantise_rows(torch.randn(out_features, x.shape[-1]), bits)
-    return _median_s(lambda: quantised_linear(x, rows, bits=bits, in_features=x.shape[-1]))
+def _codes_call(x: torch.Tensor, out_features: int, example: FileTensor) -> Callable[[], object]:
+    how = dict(bits=example._layout.bits, in_features=x.shape[-1])
+    rows = ops.quantise_rows(torch.randn(out_features, x.shape[-1]), how["bits"]).to(x.device)
+    if is_on_card(example):
+        return lambda: linear_on_card(x, rows, dtype=x.dtype, **how)
+    return lambda: quantised_linear(x, rows, **how)
 
 
-def _median_s(call: Callable[[], object]) -> float:
-    call()
+def _median_s(call: Callable[[], object], device: torch.device) -> float:
     times = []
-    for _ in range(3):
+    for _ in range(4):
+        _wait_for(device)
         begin = time.perf_counter()
         call()
+        _wait_for(device)
         times.append(time.perf_counter() - begin)
-    return sorted(times)[1]
+    return sorted(times[1:])[1]  # the first warms up
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, element_bytes: float) -> int:

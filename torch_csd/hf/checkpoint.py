@@ -22,6 +22,7 @@ from transformers.utils import (
     cached_file,
 )
 
+from torch_csd import drive
 from torch_csd.config import parse_bytes, scratch_directory
 from torch_csd.errors import CheckpointError
 from torch_csd.hf.swap import swap_attention
@@ -53,6 +54,7 @@ def load_checkpoint(
     weight_dtype: str | None = None,
     weight_directory: str | os.PathLike[str] | None = None,
     verify_weights: bool = False,
+    gpu_io: str = "auto",
     io_engine: str = "auto",
     queue_depth: int = 32,
     auto_class: type = AutoModelForCausalLM,
@@ -66,7 +68,8 @@ def load_checkpoint(
     Args:
         path_or_name: a directory with config.json and safetensors files, or a name on the Hugging Face Hub.
         memory_budget: of weights in memory: what is read ahead, and a fixed share of them that stays ("4GiB", bytes).
-        device: that the model computes on.
+            With a CUDA device this is pinned host memory, for what is read ahead, and memory of the device.
+        device: that the model computes on. To a CUDA device weights are copied ahead of their use, while it computes.
         dtype: "auto": the checkpoint's; or one that weights are converted to whenever they are read.
         attn_implementation: "csd" (torch_csd.swap_attention), or one of transformers' own.
         weight_dtype: "int8" or "int4": linear layers and experts are computed from quantised copies, group-wise over 64
@@ -75,6 +78,7 @@ def load_checkpoint(
         weight_directory: for these copies: half or a quarter of the checkpoint. Default: $TORCH_CSD_DIRECTORY, else the
             temporary directory.
         verify_weights: reads all of the copies first, and compares them with their checksums.
+        gpu_io: of a CUDA device, as in :class:`KVStore`: "gds", "pinned", or "auto".
         io_engine: "auto", "io_uring" or "pread".
         queue_depth: reads in flight, of 1 MiB.
         auto_class: which of transformers' auto classes says what the model is.
@@ -83,6 +87,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file is missing, cut short, or its header is wrong; there are no safetensors files.
+        GpuUnavailableError: the device, or ``gpu_io="gds"``, cannot be had here; the text says why.
         MemoryBudgetError: ``memory_budget`` is too small. ValueError: a bad argument.
         StoreFullError, StoreBusyError, StoreCorruptError: of the quantised copies: no room, another process makes them,
         or they are not as they were written.
@@ -102,7 +107,15 @@ def load_checkpoint(
     block = _block_scaled(config, path)
     headers = [read_header(file) for file in _weight_files(path, hub)]
     dtype = _parse_dtype(dtype, config, headers)
-    stream = Stream(budget_bytes, io_engine=io_engine, queue_depth=queue_depth)
+    device = torch.device(device)
+    stream = Stream(
+        budget_bytes,
+        io_engine=io_engine,
+        queue_depth=queue_depth,
+        device=device if drive.is_card(device) else None,
+        gpu_io=gpu_io,
+        directory=os.path.dirname(os.path.realpath(headers[0].path)),
+    )
     try:
         tensors = {name: tensor for header in headers for name, tensor in _tensors(header, stream)}
         if block is not None:
@@ -124,7 +137,7 @@ def load_checkpoint(
     if weight_dtype is not None:
         _quantise(model, weight_dtype, scratch_directory(weight_directory), verify_weights)
     _expect(model, stream)
-    return model.to(device)
+    return model.to(device if stream.card is None else stream.card.torch_device)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

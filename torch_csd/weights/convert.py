@@ -200,6 +200,7 @@ def _quantised(matrix: Layout, bits: int, stream: Stream) -> Iterator[Tensor]:
 
 
 def _as_float(weight: Tensor) -> Tensor:
+    weight = weight.cpu()  # what a stream has brought to a card comes back: that way it needs no other reader
     plain = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return (weight if plain else weight.float()).contiguous()
 

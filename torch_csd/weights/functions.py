@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from torch_csd import ops
 from torch_csd.weights.layout import Codes, Join, Layout, Packed, Scaled, as_read, aten, byte_count
-from torch_csd.weights.quantised import dense, quantised_linear
+from torch_csd.weights.quantised import dense, linear_on_card, quantised_linear
 from torch_csd.weights.tensor import FileTensor
 from torch_csd.weights.widening import scratch
 
@@ -117,7 +117,16 @@ def _kept(tensor: FileTensor | None) -> Tensor | None:
     """An ordinary tensor for what is small; what is ordinary stays as it is."""
     if not isinstance(tensor, FileTensor):
         return tensor
-    return tensor.converted(dense(tensor._stream.keep(as_read(tensor._layout)), tensor._layout))
+    return as_computed(tensor._stream.keep(as_read(tensor._layout)), tensor)
+
+
+def as_computed(stored: Tensor, tensor: FileTensor) -> Tensor:
+    """What was read of a tensor, on its device and with its dtype: converted there."""
+    return tensor.converted(dense(stored.to(tensor.device), tensor._layout, on_card=is_on_card(tensor)))
+
+
+def is_on_card(tensor: FileTensor) -> bool:
+    return tensor._stream.card is not None or tensor.device.type != "cpu"
 
 
 def _function(*functions: Callable) -> Callable[[Callable], Callable]:
@@ -216,7 +225,7 @@ def _is_for_mxfp4(input: Tensor, weight: FileTensor, piece: Packed) -> bool:
 def _linear_of_piece(input: Tensor, weight: FileTensor, piece: Layout, bias: Tensor | None) -> Tensor:
     """The same for what fits into staging."""
     by_rows = isinstance(piece, Scaled) or (isinstance(piece, Packed) and not piece.transposed)
-    if not by_rows or len(piece.shape) != 2:
+    if not by_rows or len(piece.shape) != 2 or weight._stream.card is not None:
         with weight._stream.use(piece, routed=weight._routed) as dense:
             return functional.linear(input, weight.converted(dense), bias)
     with weight._stream.use_leaves(piece, routed=weight._routed) as leaves:
@@ -247,7 +256,11 @@ def _linear_of_codes(input: Tensor, weight: FileTensor, bias: Tensor | None) -> 
         end = begin + piece.shape[0]
         part = None if bias is None else bias[begin:end]
         with weight._stream.use(piece, routed=weight._routed) as rows:
-            outs.append(quantised_linear(input, rows, bits=codes.bits, in_features=codes.in_features, bias=part))
+            how = dict(bits=codes.bits, in_features=codes.in_features, bias=part)
+            if is_on_card(weight):
+                outs.append(linear_on_card(input, rows.to(weight.device), dtype=input.dtype, **how))
+            else:
+                outs.append(quantised_linear(input, rows, **how))
         begin = end
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
@@ -390,7 +403,7 @@ def _rows(tensor: FileTensor, index: Tensor) -> Tensor:
     if byte_count(tensor._layout) <= SMALL_BYTES:
         rows = _kept(tensor)[flat.to(tensor.device)]
     else:
-        rows = tensor.converted(dense(tensor._stream.rows(as_read(tensor._layout), flat), tensor._layout))
+        rows = as_computed(tensor._stream.rows(as_read(tensor._layout), flat), tensor)
     return rows.view(*index.shape, *tensor.shape[1:])
 
 
@@ -464,6 +477,11 @@ def _to_copy(
     memory_format: torch.memory_format | None = None,
 ) -> FileTensor:
     """Converted when it is read."""
+    if device is not None and device.type == "cuda" and tensor.device.type != "cuda" and tensor._stream.card is None:
+        tensor._stream.warn_once(
+            f"weights that were loaded for {tensor.device} are read and copied to {device} one after another, with "
+            f'nothing overlapped; torch_csd.load_checkpoint(..., device="{device}") reads them for it'
+        )
     return tensor.with_layout(tensor._layout, dtype=dtype, device=device)
 
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ from torch_csd.config import as_int, parse_io_engine
 from torch_csd.errors import MemoryBudgetError, StoreError
 from torch_csd.weights.layout import InputFile, Join, Layout, Range, Region, byte_count, narrow
 from torch_csd.weights.staging import HUGE_PAGE_BYTES, Staging, new_memory
+
+if TYPE_CHECKING:
+    from torch_csd.cuda.device import Event
+    from torch_csd.cuda.weights import Reading, WeightCard
 
 MIB = 2**20
 _R = TypeVar("_R")
@@ -56,7 +61,8 @@ class Unit:
     routed: bool = False  # used when something calls for it: not one of the order
     memory: Tensor | None = None
     view: Tensor | None = None  # the elements there, of one that stays
-    ticket: int | None = None  # of the read into it
+    ticket: int | Reading | None = None  # of the read into it
+    ready: Event | None = None  # on a card: its elements are there after it
     loaded: bool = False
     awaited: bool = False  # a thread waits for it already
     users: int = 0
@@ -132,26 +138,39 @@ class Stream:
     """
 
     def __init__(
-        self, memory_budget_bytes: int, *, io_engine: str = "auto", queue_depth: int = 32, staging_bytes: int = 0
+        self,
+        memory_budget_bytes: int,
+        *,
+        io_engine: str = "auto",
+        queue_depth: int = 32,
+        staging_bytes: int = 0,
+        device: torch.device | None = None,
+        gpu_io: str = "auto",
+        directory: str = ".",
     ) -> None:
         """
         Args:
-            memory_budget_bytes: of everything that is read: staging and what stays.
-            staging_bytes: of them, for reads under way and ahead; 0: a quarter, at most 256 MiB.
+            memory_budget_bytes: of everything that is read: staging and what stays, in host memory and on a card.
+            staging_bytes: of them, for reads under way and ahead; 0: a quarter, at most 256 MiB. With a card, on it,
+                and as much pinned memory.
+            device: a card that elements are brought to, ahead of their use; None: they are in host memory.
+            gpu_io: as in :class:`KVStore`. directory: where most files are: "auto" is decided there.
 
         Raises:
-            MemoryBudgetError: it is less than 4 MiB.
+            MemoryBudgetError: it is less than 4 MiB. GpuUnavailableError: the card, or ``gpu_io``, cannot be had.
         """
         if memory_budget_bytes < STAGING_BYTES_MIN:
             raise MemoryBudgetError(
                 f"memory_budget must be at least {STAGING_BYTES_MIN} bytes for weights on the drive, got "
                 f"{memory_budget_bytes}"
             )
-        staging_bytes = staging_bytes or min(max(memory_budget_bytes // 4, STAGING_BYTES_MIN), STAGING_BYTES_MAX)
+        least_bytes = STAGING_BYTES_MIN if device is None else STAGING_BYTES_MIN // 2  # with a card, twice
+        staging_bytes = staging_bytes or min(max(memory_budget_bytes // 4, least_bytes), STAGING_BYTES_MAX)
         staging_bytes = staging_bytes // BLOCK_BYTES * BLOCK_BYTES
         self.memory_budget_bytes = memory_budget_bytes
         self.piece_bytes = staging_bytes // _PIECES - 2 * BLOCK_BYTES  # of one unit: what a large weight is cut into
-        self._staging = Staging(new_memory(staging_bytes))
+        self.card = None if device is None else _open_card(device, staging_bytes, directory, gpu_io)
+        self._staging = Staging(new_memory(staging_bytes)) if self.card is None else self.card.ring
         self._changed = threading.Condition()  # of everything below
         self._files: dict[str, InputFile] = {}
         self._units: dict[tuple, Unit] = {}
@@ -163,19 +182,22 @@ class Stream:
         self._announced: deque[Unit] = deque()
         self._small: dict[tuple, tuple[Layout, Tensor]] = {}  # whole small tensors, the last used last
         self._small_bytes = 0  # of them
-        self._small_bytes_max = memory_budget_bytes - staging_bytes
+        self._small_bytes_max = memory_budget_bytes - self._staging_bytes
         self._kept_bytes = 0  # in memory of their own
         self._routed_bytes = 0  # of all routed units
         self._routed_bytes_left = 0  # that they may still keep
         self._routed_uses = 0
         self._paces: dict[int, Pace] = {}  # of the threads in lockstep, by ident
         self._used_bytes = 0  # of units that were asked for, wherever they were
+        self._has_warned = False
         self.reader = ops.reader_open(
             io_engine=parse_io_engine(io_engine),
             queue_depth=as_int(queue_depth, "queue_depth", low=1, high=1024),
-            staging=self._staging.memory,
+            staging=(self._staging if self.card is None else self.card.host).memory,
         )
-        self._finalizer = weakref.finalize(self, _close_reader, self.reader, os.getpid())
+        if self.card is not None:
+            self.card.start(self.reader)
+        self._finalizer = weakref.finalize(self, _close_reader, self.reader, self.card, os.getpid())
         _streams.add(self)
 
     def __deepcopy__(self, memo: dict) -> Stream:
@@ -194,6 +216,8 @@ class Stream:
             file = self._files.get(path)
             if file is None or not _is_there(file):
                 file = self._files[path] = _input_file(path, ops.reader_add_file(self.reader, path))
+                if self.card is not None:
+                    self.card.open(file)
             return file
 
     @contextmanager
@@ -228,6 +252,8 @@ class Stream:
         """
         with self._changed:
             self._files[file.path] = _input_file(file.path, ops.reader_refresh_file(self.reader, file.number))
+            if self.card is not None:
+                self.card.refresh(file)
             self._forget(file)
 
     def _forget(self, file: InputFile) -> None:
@@ -257,25 +283,36 @@ class Stream:
     def use(self, layout: Layout, *, routed: bool = False) -> Iterator[Tensor]:
         """The layout's elements, of its dtype, in memory until the end of the block. At most `piece_bytes` of them.
 
+        With a card they are on it, for what is issued to the current stream inside of the block.
+
         routed: used when something calls for it, not once in every pass.
 
         Raises:
             StoreError: reading failed, or the file was changed.
         """
-        with self.use_leaves(layout, routed=routed) as leaves:
-            yield layout.assemble(leaves)
+        with self._using(layout, routed) as unit:
+            yield unit.elements()
 
     @contextmanager
     def use_leaves(self, layout: Layout, *, routed: bool = False) -> Iterator[Iterator[Tensor]]:
         """The same, as it is stored: the elements of each of the layout's leaves."""
+        with self._using(layout, routed) as unit:
+            yield unit.leaves()
+
+    @contextmanager
+    def _using(self, layout: Layout, routed: bool) -> Iterator[Unit]:
         unit = self._begin(layout, routed)
         try:
             if not unit.loaded:
                 with _baton_passed():
                     self._load(unit)
-            yield unit.leaves()
+            with self._in_use(unit):
+                yield unit
         finally:
             self._end(unit)
+
+    def _in_use(self, unit: Unit) -> AbstractContextManager:
+        return nullcontext() if self.card is None else self.card.in_use(unit)
 
     def keep(self, layout: Layout) -> Tensor:
         """The elements, in memory from now on: for small tensors that any op may meet. The ones last used, where there
@@ -286,6 +323,8 @@ class Stream:
                 self._small[layout.key] = found
                 return found[1]
         dense = self.load(layout)
+        if self.card is not None:
+            dense = dense.to(self.card.torch_device)
         with self._changed:
             if layout.key not in self._small:
                 self._small[layout.key] = (layout, dense)
@@ -299,22 +338,22 @@ class Stream:
         self._small_bytes -= byte_count(layout)
 
     def load(self, layout: Layout) -> Tensor:
-        """The elements in memory of their own, beside the budget: the caller's to keep or to drop."""
+        """The elements in host memory of their own, beside the budget: the caller's to keep or to drop."""
         unit = Unit.of(layout)
         wasted = unit.byte_count > 2 * byte_count(layout) + STAGING_BYTES_MIN
         dim, pieces = self.pieces(layout) if wasted else (0, [layout])
         if len(pieces) > 1:
             return torch.cat([self.load(piece) for piece in pieces], dim)
         unit.memory = new_memory(unit.byte_count)
-        self._submit(unit, background=False)
+        unit.ticket = self._read_to_host(unit, background=False)
         ops.reader_wait(self.reader, unit.ticket)
         elements = unit.elements()
         lean = elements.untyped_storage().nbytes() <= 2 * (byte_count(layout) + BLOCK_BYTES)
         return elements if lean else elements.contiguous()
 
     def rows(self, layout: Layout, index: Tensor) -> Tensor:
-        """[len(index), ...]: those rows of the first dimension, and no others, read now. index: int64 [rows] on the
-        CPU, within bounds."""
+        """[len(index), ...]: those rows of the first dimension, and no others, read now into host memory. index: int64
+        [rows] on the CPU, within bounds."""
         if index.numel() == 0:
             return torch.empty((0, *layout.shape[1:]), dtype=layout.dtype)
         row_bytes = max(byte_count(layout) // max(layout.shape[0], 1), 1)
@@ -352,7 +391,11 @@ class Stream:
 
     @contextmanager
     def _temporary(self, unit: Unit) -> Iterator[Unit]:
-        """The unit, read now, until the end of the block; nothing remembers it."""
+        """The unit, read now, in host memory until the end of the block; nothing remembers it."""
+        if self.card is not None:
+            with self.card.in_host_memory(unit):
+                yield unit
+            return
         try:
             with _baton_passed():
                 with self._changed:
@@ -420,7 +463,7 @@ class Stream:
             if not keep:
                 return
             self._small_bytes_max = max(small_bytes, MIB)
-            left = self.memory_budget_bytes - self._staging.byte_count - small_bytes
+            left = self.memory_budget_bytes - self._staging_bytes - small_bytes
             share = min(max(left, 0) / max(sum(kept_bytes(unit) for unit in self._order), 1), 1.0)
             due = 0.0
             for unit in self._order:
@@ -446,6 +489,10 @@ class Stream:
         self._position = -1
         self._uses = 0
         self._routed_bytes_left = 0
+
+    @property
+    def _staging_bytes(self) -> int:
+        return self._staging.byte_count if self.card is None else self.card.byte_count
 
     def announce(self, layouts: Sequence[Layout]) -> None:
         """These are used next, in this order: routed ones, which no order tells."""
@@ -646,7 +693,7 @@ class Stream:
                     self._changed.notify_all()
                     raise
             try:
-                ops.reader_wait(self.reader, unit.ticket)
+                self._await(unit)
             except BaseException as error:
                 with self._changed:
                     unit.awaited = False
@@ -663,7 +710,17 @@ class Stream:
                 self._changed.notify_all()
 
     def _submit(self, unit: Unit, *, background: bool) -> None:
-        unit.ticket = ops.reader_read(
+        read = self._read_to_host if self.card is None else self.card.read
+        unit.ticket = read(unit, background=background)
+
+    def _await(self, unit: Unit) -> None:
+        if self.card is None:
+            ops.reader_wait(self.reader, unit.ticket)
+        else:
+            self.card.wait(unit, unit.ticket)
+
+    def _read_to_host(self, unit: Unit, *, background: bool) -> int:
+        return ops.reader_read(
             self.reader,
             files=[each.file.number for each in unit.ranges],
             offsets=[each.offset for each in unit.ranges],
@@ -676,9 +733,11 @@ class Stream:
     def _place(self, unit: Unit) -> bool:
         """Gives the unit memory, if there is some."""
         if unit.kept:
-            unit.memory = new_memory(kept_bytes(unit))
-            self._kept_bytes += unit.memory.numel()
-            return True
+            unit.memory = (new_memory if self.card is None else self.card.new_memory)(kept_bytes(unit))
+            if unit.memory is not None:
+                self._kept_bytes += unit.memory.numel()
+                return True
+            unit.kept = False  # the card has less memory than was planned with
         unit.memory = self._staging.take(unit.byte_count)
         if unit.memory is None:
             return False
@@ -719,8 +778,10 @@ class Stream:
 
     def _release(self, unit: Unit) -> None:
         """Takes the unit's memory back."""
-        if unit.ticket is not None:
+        if unit.ticket is not None and self.card is None:
             ops.reader_drop(self.reader, unit.ticket)
+        elif unit.ticket is not None:
+            self.card.drop(unit.ticket)
         if self._staged.pop(id(unit), None) is not None:
             self._staging.give_back(unit.memory)
         elif unit.memory is not None:
@@ -829,16 +890,23 @@ class Stream:
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
 
+    def warn_once(self, text: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(text, stacklevel=2)
+
     def stats(self) -> dict:
         """What was read and what is in memory: `ops.reader_stats`, and bytes of memory by use."""
         with self._changed:
             mine = {
-                "staging_bytes": self._staging.byte_count,
+                "staging_bytes": self._staging_bytes,
                 "staged_bytes": self._staging.byte_count - self._staging.free_bytes,
                 "resident_bytes": self._kept_bytes + self._small_bytes,
                 "used_bytes": self._used_bytes,
                 "memory_budget_bytes": self.memory_budget_bytes,
             }
+        if self.card is not None:
+            mine |= self.card.stats()
         return ops.reader_stats(self.reader) | mine
 
 
@@ -887,11 +955,24 @@ def _renew_locks() -> None:
     """In a forked child, where a thread that had one is not there any more. Reading raises there."""
     for stream in _streams:
         stream._changed = threading.Condition()
+        if stream.card is not None:
+            stream.card.renew_locks()
 
 
 os.register_at_fork(after_in_child=_renew_locks)
 
 
-def _close_reader(reader: Tensor, process: int) -> None:
-    if os.getpid() == process:
+def _open_card(device: torch.device, staging_bytes: int, directory: str, gpu_io: str) -> WeightCard:
+    from torch_csd.cuda.weights import open_weight_card  # the GPU path is there for those who use it
+
+    return open_weight_card(device, staging_bytes=staging_bytes, directory=directory, gpu_io=gpu_io)
+
+
+def _close_reader(reader: Tensor, card: WeightCard | None, process: int) -> None:
+    if os.getpid() != process:
+        return
+    try:
+        if card is not None:
+            card.close()
+    finally:
         ops.reader_close(reader)

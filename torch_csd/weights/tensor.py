@@ -15,7 +15,6 @@ from torch_csd.errors import CheckpointError, StoreError
 from torch_csd.tensor import StorageTensor
 from torch_csd.weights.files import SAFETENSORS_DTYPES, reach_bytes, read_header
 from torch_csd.weights.layout import Codes, Join, Layout, Region, as_read, element, numel
-from torch_csd.weights.quantised import dense
 from torch_csd.weights.stream import Stream
 
 # Of tensors that belong to no model: enough to keep a drive busy while one piece is computed with.
@@ -99,9 +98,10 @@ class FileTensor(StorageTensor):
     def converted(self, stored: Tensor) -> Tensor:
         """What was read of it, with this tensor's dtype and on its device."""
         with torch._C.DisableTorchFunctionSubclass():
+            stored = stored.to(self.device)
             for dtype in self._casts:
                 stored = stored.to(dtype)
-            return stored.to(self.device)
+            return stored
 
     def to_dense(self) -> Tensor:
         """All elements, read into memory: an ordinary tensor of this shape, dtype and device.
@@ -111,7 +111,7 @@ class FileTensor(StorageTensor):
         """
         with torch._C.DisableTorchFunctionSubclass():
             stored = self._stream.load(as_read(self._layout))
-            return self.converted(dense(stored, self._layout))
+            return functions.as_computed(stored, self)
 
     def sample(self, step: int) -> Tensor:
         """Every ``step``-th element in row-major order (of a quantised weight: of its codes), read into memory."""
