@@ -475,7 +475,7 @@ def test_rows_of_different_lengths_have_no_tensor(make_store):
     assert StorageTensor.pair(store, 0, kv_end=3)[0].shape == (2, 1, 3, 16)
 
 
-@pytest.mark.parametrize("name", ["share_memory_", "untyped_storage", "storage", "__dlpack__"])
+@pytest.mark.parametrize("name", ["share_memory_", "__dlpack__"])
 def test_whoever_looks_for_its_memory_gets_an_error(stored, name):
     K = stored[3]
     with pytest.raises(NotImplementedError, match="to_dense"):

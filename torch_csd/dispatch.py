@@ -219,7 +219,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> KVTensor:
     return past.with_view(view.replace(kv_count=view.kv_count + new.shape[2]))
 
 
-@_function(torch.Tensor.share_memory_, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.__dlpack__)
+@_function(torch.Tensor.share_memory_, torch.Tensor.__dlpack__)
 def _memory(tensor: KVTensor, *args: Any, **kwargs: Any) -> Any:
     """They look where torch says that the elements are, and a stored tensor has none there."""
     raise NotImplementedError(f"{tensor!r} has no memory of its own; use .to_dense() first")
