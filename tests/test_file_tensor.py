@@ -465,7 +465,7 @@ def test_it_cannot_be_pickled_and_says_what_to_do(tmp_path):
             save(ours)
 
 
-def test_a_gradient_is_refused_where_there_would_be_none(tmp_path):
+def test_gradients_are_refused_at_the_backward(tmp_path):
     dense = random_tensor((600, 600))
     ours = stored(tmp_path / "file", dense)
     x = random_tensor((2, 600)).requires_grad_()
@@ -482,10 +482,13 @@ def test_a_gradient_is_refused_where_there_would_be_none(tmp_path):
         lambda: F.embedding(torch.tensor([1]), trained),
         lambda: torch.bmm(x[None], ours[None]),
     ):
+        result = use()
+        assert result.requires_grad
         with pytest.raises(NotImplementedError, match="not differentiable.*no_grad"):
-            use()
+            result.sum().backward()
         with torch.no_grad():
             assert not use().requires_grad
+            assert_same(use(), result.detach())
         with torch.inference_mode():
             use()
     assert_same(F.linear(plain, ours), F.linear(plain, dense))
@@ -859,7 +862,10 @@ def test_writing_is_refused_where_it_cannot_be(tmp_path, stream):
     dense = random_tensor((4, 4))
     ours = stored(tmp_path / "file", dense, mode="r+")
     with pytest.raises(StoreError, match='file: opened to be read only.*mode="r[+]"'):
-        torch_csd.from_file(tmp_path / "file", torch.float32, [4, 4]).write_(dense)
+        torch_csd.from_file(tmp_path / "file", torch.float32, [4, 4], mode="r").write_(dense)
+    save_file({"weight": dense}, tmp_path / "model.safetensors")
+    with pytest.raises(StoreError, match="model.safetensors: opened to be read only"):
+        torch_csd.from_safetensors(tmp_path / "model.safetensors", "weight").write_(dense)
     with pytest.raises(ValueError, match=r"values must be \[4, 4\], got \[16\]"):
         ours.write_(dense.view(-1))
     for repeated in (ours[:1].expand(4, 4), ours.view(-1).unfold(0, 4, 1)):

@@ -8,6 +8,7 @@ views stay lazy, and what is left runs on small tensors alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -145,24 +146,48 @@ def _aten(*functions: Callable) -> Callable[[Callable], Callable]:
     return register
 
 
-def _check_frozen(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+class _NoBackward(torch.autograd.Function):
+    """A result that torch takes to depend on what requires a gradient, until someone wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, anchor: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(
-            "FileTensor: results are not differentiable, and an input or a weight requires a gradient; call it under "
-            "torch.no_grad(), use .requires_grad_(False), or .to_dense() first"
+            "FileTensor: results are not differentiable, and an input or a weight requires a gradient; run inference "
+            "under torch.no_grad(), use .requires_grad_(False), or train with .to_dense() tensors"
         )
+
+
+def _forward_only(function: Callable) -> Callable:
+    """The forward works wherever torch records it; the backward says why it cannot."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        if not torch.is_grad_enabled() or not any(isinstance(each, Tensor) and each.requires_grad for each in values):
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            result = function(*args, **kwargs)
+        if result is NotImplemented:
+            return NotImplemented
+        return _NoBackward.apply(result, torch.empty(0, requires_grad=True))
+
+    return run
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
 @_function(functional.linear)
+@_forward_only
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias``, [..., in] with a stored weight [out, in], cut into what fits into staging."""
     if not isinstance(weight, FileTensor) or isinstance(input, FileTensor):
         return NotImplemented
     bias = _kept(bias)
-    _check_frozen(input, weight, bias)
     if input.dim() > 2 and byte_count(weight._layout) > _COPIED_BYTES_MAX:
         # Of strides that have gaps (a prompt's last token) torch makes batches, and copies the weight for them.
         return linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
@@ -330,6 +355,7 @@ def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, 
     return torch.add(beta * _kept(input), product, alpha=alpha)
 
 
+@_forward_only
 def _grouped_mm(
     mat_a: Tensor,
     mat_b: Tensor,
@@ -342,7 +368,6 @@ def _grouped_mm(
     mixture. Those that have no rows are not read; those that have are announced, all at once."""
     if not isinstance(mat_b, FileTensor) or mat_b.dim() != 3 or mat_a.dim() != 2 or bias is not None or offs is None:
         return NotImplemented
-    _check_frozen(mat_a, mat_b)
     ends = offs.tolist()
     spans = [(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
     routed = {expert: mat_b[expert].t() for expert, (begin, end) in enumerate(spans) if end > begin}
@@ -393,9 +418,9 @@ def embedding(
     return _rows(weight, input)
 
 
+@_forward_only
 def _rows(tensor: FileTensor, index: Tensor) -> Tensor:
     """tensor[index]: [*index.shape, *tensor.shape[1:]]."""
-    _check_frozen(tensor)
     flat = index.reshape(-1).to("cpu", torch.int64)
     count = tensor.shape[0]
     if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < count):

@@ -132,8 +132,8 @@ class FileTensor(StorageTensor):
         read the file meanwhile.
 
         Raises:
-            ValueError: another shape. StoreError: the file was not opened with ``mode="r+"`` or ``"w+"``, or writing
-            failed: part of it may be written then.
+            ValueError: another shape. StoreError: it is not of :func:`from_file` (checkpoints are only read), or of
+            ``mode="r"``, or writing failed: part of it may be written then.
         """
         with torch._C.DisableTorchFunctionSubclass():
             write_elements(self, values)
@@ -191,7 +191,7 @@ def from_file(
     shape: Sequence[int],
     offset: int = 0,
     *,
-    mode: str = "r",
+    mode: str = "r+",
 ) -> FileTensor:
     """A tensor whose elements are in a file, row-major from byte ``offset`` on, in the machine's byte order.
 
@@ -200,8 +200,8 @@ def from_file(
         dtype: of its elements: any that torch has, of a byte or more.
         shape: of the tensor.
         offset: bytes before the first element; any number.
-        mode: as of `numpy.memmap`: "r": it is only read. "r+": :meth:`FileTensor.write_` may write to it. "w+": the
-            same, and it is created, or made as long as the tensor needs: new bytes are zero.
+        mode: as of `numpy.memmap`. "r+": :meth:`FileTensor.write_` may write to it; until then it is only read. "r":
+            never. "w+": as "r+", and it is created, or made as long as the tensor needs: new bytes are zero.
 
     Raises:
         CheckpointError: the file is shorter than the tensor. StoreError: it cannot be read.
