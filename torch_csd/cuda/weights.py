@@ -30,7 +30,7 @@ from torch_csd.weights.staging import Staging
 
 if TYPE_CHECKING:
     from torch_csd.cuda.gds import GdsTransfer
-    from torch_csd.weights.stream import Unit
+    from torch_csd.weights.unit import Unit
 
 
 def open_weight_card(device: torch.device, *, staging_bytes: int, directory: str, gpu_io: str) -> WeightCard:

@@ -17,7 +17,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -28,15 +27,15 @@ from torch_csd.catalogue import BLOCK_BYTES
 from torch_csd.config import as_int, parse_io_engine
 from torch_csd.errors import MemoryBudgetError, StoreError
 from torch_csd.weights.layout import InputFile, Join, Layout, Range, Region, byte_count, narrow
-from torch_csd.weights.staging import HUGE_PAGE_BYTES, Staging, new_memory
+from torch_csd.weights.lockstep import Lockstep, baton_passed
+from torch_csd.weights.staging import Staging, new_memory
+from torch_csd.weights.unit import Unit, kept_bytes
 
 if TYPE_CHECKING:
-    from torch_csd.cuda.device import Event
-    from torch_csd.cuda.weights import Reading, WeightCard
+    from torch_csd.cuda.weights import WeightCard
 
 MIB = 2**20
 _R = TypeVar("_R")
-_thread = threading.local()  # baton: that this thread computes with, in lockstep
 STAGING_BYTES_MIN = 4 * MIB
 # Requests of 32 MiB in flight keep a drive busy; one piece is computed with meanwhile, and two more of the largest size
 # wait. More staging makes nothing faster and leaves less for what is resident.
@@ -49,86 +48,11 @@ _UNITS_MAX = 2**16  # that are remembered, before those are forgotten that were 
 _AGING_USES = 4096  # of routed units, until all counts are halved
 
 
-@dataclass(eq=False)
-class Unit:
-    """What is read, waited for and given back as one: a weight, or a part of a large one."""
-
-    layout: Layout
-    ranges: tuple[Range, ...]
-    places: tuple[int, ...]  # of the ranges' covering blocks in the unit's memory
-    byte_count: int  # of these blocks
-    kept: bool = False  # stays in memory from its first use on
-    routed: bool = False  # used when something calls for it: not one of the order
-    memory: Tensor | None = None
-    view: Tensor | None = None  # the elements there, of one that stays
-    ticket: int | Reading | None = None  # of the read into it
-    ready: Event | None = None  # on a card: its elements are there after it
-    loaded: bool = False
-    awaited: bool = False  # a thread waits for it already
-    users: int = 0
-    stale: bool = False  # its file was written to while it had users
-    index: int | None = None  # in the order
-    expected: bool = True  # in the next pass: it was used in the last one
-    last_use: int = 0  # of all uses of the order, counted
-    forgotten: bool = False
-    use_count: float = 0.0  # of a routed one
-    step: int = -1  # at which the first of the threads in lockstep used it; -1: not used since it was read
-    counted: bool = False  # the use that was announced
-
-    @staticmethod
-    def of(layout: Layout) -> Unit:
-        return Unit.of_ranges(layout, tuple(leaf.range for leaf in layout.leaves))
-
-    @staticmethod
-    def of_ranges(layout: Layout, ranges: tuple[Range, ...]) -> Unit:
-        places = [0]
-        for each in ranges:
-            places.append(places[-1] + covering_bytes(each.offset, each.byte_count))
-        return Unit(layout, ranges, tuple(places[:-1]), places[-1])
-
-    def leaves(self) -> Iterator[Tensor]:
-        """The elements of each of the layout's leaves, out of its memory."""
-        for leaf, each, place in zip(self.layout.leaves, self.ranges, self.places, strict=True):
-            yield leaf.elements(self.memory[place + each.offset % BLOCK_BYTES :][: each.byte_count])
-
-    def elements(self) -> Tensor:
-        """The layout's."""
-        if self.view is not None:
-            return self.view
-        elements = self.layout.assemble(self.leaves())
-        if self.kept and elements.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr():
-            self.view = elements
-        return elements
-
-
-def kept_bytes(unit: Unit) -> int:
-    """Of memory that is its own."""
-    multiple = HUGE_PAGE_BYTES if unit.byte_count >= HUGE_PAGE_BYTES else BLOCK_BYTES
-    return -(-unit.byte_count // multiple) * multiple
-
-
-def covering_bytes(offset: int, count: int) -> int:
-    """Of the blocks that hold bytes [offset, offset + count)."""
-    if count == 0:
-        return 0
-    return (offset + count + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES - offset // BLOCK_BYTES * BLOCK_BYTES
-
-
 class Forecast(NamedTuple):
     """Bytes that a pass reads."""
 
     dense_bytes: int  # used in every pass
     routed_bytes: int  # of all that may be routed to, and do not stay in memory
-
-
-@dataclass(eq=False)
-class Pace:
-    """How far a thread in lockstep is."""
-
-    position: int = -1  # in the order
-    steps: int = 0  # units since it began
-    blocked: bool = False  # it waits for another thread
-    stopped: bool = False  # it uses no more
 
 
 class Stream:
@@ -187,7 +111,7 @@ class Stream:
         self._routed_bytes = 0  # of all routed units
         self._routed_bytes_left = 0  # that they may still keep
         self._routed_uses = 0
-        self._paces: dict[int, Pace] = {}  # of the threads in lockstep, by ident
+        self._lockstep = Lockstep(self._changed)
         self._used_bytes = 0  # of units that were asked for, wherever they were
         self._has_warned = False
         self.reader = ops.reader_open(
@@ -304,7 +228,7 @@ class Stream:
         unit = self._begin(layout, routed)
         try:
             if not unit.loaded:
-                with _baton_passed():
+                with baton_passed():
                     self._load(unit)
             with self._in_use(unit):
                 yield unit
@@ -397,7 +321,7 @@ class Stream:
                 yield unit
             return
         try:
-            with _baton_passed():
+            with baton_passed():
                 with self._changed:
                     unit.users = 1
                     unit.kept = unit.byte_count <= _ROWS_BYTES_MAX  # what was read ahead need not go for a few rows
@@ -550,86 +474,29 @@ class Stream:
         A weight stays in staging until all have used it; the first waits when staging is full of such. Each must use
         weights in the order of the passes of one model, and begin with the first of a pass.
         """
-        baton = threading.Lock()
-        results: list[_R | BaseException] = [RuntimeError("not run")] * len(tasks)
-        start = threading.Barrier(len(tasks))
-
-        def run(number: int) -> None:
-            try:
-                with self._changed:
-                    self._paces[threading.get_ident()] = Pace(self._position)
-                start.wait()
-                with baton:
-                    _thread.baton = baton
-                    results[number] = tasks[number]()
-            except BaseException as error:  # also KeyboardInterrupt: the caller decides
-                results[number] = error
-            finally:
-                _thread.baton = None
-                self._leave()
-
-        threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(tasks))]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except BaseException:  # KeyboardInterrupt comes to this thread alone
-            with self._changed:
-                for pace in self._paces.values():
-                    pace.stopped = True
-            for thread in threads:
-                thread.join()
-            raise
-        return results
+        return self._lockstep.run(tasks, position=lambda: self._position, leave=self._leave)
 
     def _leave(self) -> None:
-        """This thread uses nothing any more: the others do not keep anything for it."""
+        """A thread uses nothing any more: the others do not keep anything for it."""
         with self._changed:
-            self._paces.pop(threading.get_ident(), None)
             self._release_used()
             self._read_ahead()
             self._changed.notify_all()
 
     def _keep_pace(self, unit: Unit) -> bool:
         """Whether this use of the unit moves the order on: not that of a thread that follows others in lockstep."""
-        pace = self._paces.get(threading.get_ident())
-        if pace is None:
-            return True
-        if pace.stopped:
-            raise InterruptedError("stopped, with the tasks that it was in lockstep with")
-        if unit.index is not None:
-            pace.steps += (unit.index - pace.position) % len(self._order)
-            pace.position = unit.index
-        unit.step = max(unit.step, pace.steps)
-        return self._leads()
-
-    def _leads(self) -> bool:
-        """Whether no thread in lockstep is further than this one."""
-        ident = threading.get_ident()
-        first = max(self._paces, key=lambda each: (self._paces[each].steps, each), default=ident)
-        return first == ident
+        unit.step = max(unit.step, self._lockstep.advance(unit.index, len(self._order)))
+        return self._lockstep.pace() is None or self._lockstep.leads()
 
     def _is_held(self, unit: Unit) -> bool:
         """Whether a thread in lockstep is still to use what others have used."""
-        return any(pace.steps < unit.step for pace in self._paces.values())
+        return self._lockstep.is_behind(unit.step)
 
     def _release_used(self) -> None:
         """What all threads in lockstep have used."""
         for unit in list(self._staged.values()):
             if unit.step >= 0:
                 self._release_unused(unit)
-
-    def _wait(self) -> None:
-        """For what another thread does."""
-        pace = self._paces.get(threading.get_ident())
-        if pace is None:
-            self._changed.wait()
-            return
-        pace.blocked = True
-        self._changed.notify_all()
-        self._changed.wait()
-        pace.blocked = False
 
     # ---- units -------------------------------------------------------------------------------------------------------
 
@@ -660,7 +527,7 @@ class Stream:
         with self._changed:
             unit.users -= 1
             self._release_unused(unit)
-            if self._paces:
+            if self._lockstep:
                 self._release_used()
             self._read_ahead()
             self._changed.notify_all()
@@ -677,7 +544,7 @@ class Stream:
         while True:
             with self._changed:
                 while unit.awaited:  # by another thread
-                    self._wait()
+                    self._lockstep.wait()
                 if unit.loaded:
                     return
                 unit.awaited = True  # from here on: who waits for room lets go of the lock
@@ -749,18 +616,12 @@ class Stream:
         self._check_size(unit)
         # Another thread may read it meanwhile, ahead or because it uses it too.
         while unit.memory is None and not self._place(unit):
-            # Of threads in lockstep only the first waits for the others, and not where all of them wait: one always
-            # goes on.
-            waits = self._leads() and not all(self._paces[each].blocked for each in self._others())
+            waits = self._lockstep.waits_for_others()
             idle = [each for each in self._staged.values() if each.users == 0 and not (waits and self._is_held(each))]
             if idle:
                 self._release(max(idle, key=self._distance))
             else:
-                self._wait()
-
-    def _others(self) -> Iterator[int]:
-        """The other threads in lockstep."""
-        return (ident for ident in self._paces if ident != threading.get_ident())
+                self._lockstep.wait()
 
     def _check_size(self, unit: Unit) -> None:
         if not unit.kept and unit.byte_count > self._staging.byte_count:
@@ -773,7 +634,7 @@ class Stream:
         """Units until this thread uses it."""
         if unit.index is None:
             return 0  # announced
-        pace = self._paces.get(threading.get_ident())
+        pace = self._lockstep.pace()
         return (unit.index - (self._position if pace is None else pace.position)) % len(self._order)
 
     def _release(self, unit: Unit) -> None:
@@ -910,21 +771,6 @@ class Stream:
         return ops.reader_stats(self.reader) | mine
 
 
-@contextmanager
-def _baton_passed() -> Iterator[None]:
-    """Lets another thread in lockstep compute while this one waits. Not to be left with the stream's lock held: who
-    has the baton may want that."""
-    baton = getattr(_thread, "baton", None)
-    if baton is None:
-        yield
-        return
-    baton.release()
-    try:
-        yield
-    finally:
-        baton.acquire()
-
-
 def _has_whole_rows(meta: Tensor) -> bool:
     """Whether each row of the first dimension is adjacent elements, that no other row has."""
     return meta[0].is_contiguous() and meta.stride(0) >= meta[0].numel()
@@ -955,6 +801,7 @@ def _renew_locks() -> None:
     """In a forked child, where a thread that had one is not there any more. Reading raises there."""
     for stream in _streams:
         stream._changed = threading.Condition()
+        stream._lockstep = Lockstep(stream._changed)
         if stream.card is not None:
             stream.card.renew_locks()
 
