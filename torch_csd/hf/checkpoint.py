@@ -31,7 +31,7 @@ from torch_csd.weights.files import Header, read_header
 from torch_csd.weights.functions import SMALL_BYTES
 from torch_csd.weights.layout import Layout, Packed, Region, Scaled, as_read, byte_count
 from torch_csd.weights.openmp import let_idle_threads_sleep
-from torch_csd.weights.stream import Stream
+from torch_csd.weights.stream import QUEUE_DEPTH, Stream
 from torch_csd.weights.tensor import FileTensor
 
 # Modules that choose experts: small, and every choice depends on them.
@@ -56,7 +56,7 @@ def load_checkpoint(
     verify_weights: bool = False,
     gpu_io: str = "auto",
     io_engine: str = "auto",
-    queue_depth: int = 32,
+    queue_depth: int = QUEUE_DEPTH,
     auto_class: type = AutoModelForCausalLM,
     trust_remote_code: bool = False,
     **hub: Any,
