@@ -40,8 +40,8 @@ _R = TypeVar("_R")
 # (virtio drive whose best was 3.54, AMD EPYC, 2 cores, 2026-11-26).
 QUEUE_DEPTH = 64
 STAGING_BYTES_MIN = 4 * MIB
-# A quarter of it is in flight, another is computed with, and two more pieces of the largest size wait. More staging makes
-# nothing faster and leaves less for what is resident.
+# A quarter of it is in flight, another is computed with, and two more pieces of the largest size wait. More staging
+# makes nothing faster and leaves less for what is resident.
 STAGING_BYTES_MAX = 256 * MIB
 _PIECES = 4  # that fit into staging at once, at least
 _AHEAD_UNITS = 256  # at most: of small ones, looking further costs more than it gives
