@@ -954,3 +954,23 @@ def test_a_row_that_does_not_fit_into_staging_says_so_and_leaves_the_rest_usable
     ours = stored(tmp_path / "file", dense)
     for _ in range(3):
         assert_product(F.linear(torch.ones(1, 600), ours), F.linear(torch.ones(1, 600), dense), cut=True)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_take_a_kernel_that_is_not_small(tmp_path, dims):
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    shape = {1: (300, 300, 5), 2: (90, 3, 40, 40), 3: (40, 3, 16, 16, 16)}[dims]
+    kernel, bias = random_tensor(shape), random_tensor(shape[:1])
+    assert kernel.numel() * 4 > SMALL_BYTES
+    stream = Stream(32 * 2**20)
+    try:
+        (tmp_path / "file").write_bytes(image(kernel))
+        ours = FileTensor(Region.make(stream.open(tmp_path / "file"), torch.float32, shape, 0), stream)
+        x = random_tensor((2, shape[1], *(size + 1 for size in shape[2:])), seed=1)
+        assert_same(convolve(x, ours, bias, padding=1), convolve(x, kernel, bias, padding=1))
+        assert_same(convolve(x, ours), convolve(x, kernel))
+        layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](shape[1], shape[0], shape[2:], bias=False)
+        layer.weight = nn.Parameter(ours, requires_grad=False)
+        assert_same(layer(x), convolve(x, kernel))
+    finally:
+        stream.close()

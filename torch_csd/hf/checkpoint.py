@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import _get_model_class
@@ -348,7 +349,11 @@ def _quantise(model: PreTrainedModel, weight_dtype: str, directory: str, verify:
 def _is_quantisable(path: str, module: nn.Module, parameter: FileTensor) -> bool:
     if path.rpartition(".")[2] in _ROUTERS:
         return False
-    return parameter.dim() == 3 or (isinstance(module, (nn.Linear, Conv1D)) and parameter.dim() == 2)
+    return _is_of_experts(module, parameter) or (isinstance(module, (nn.Linear, Conv1D)) and parameter.dim() == 2)
+
+
+def _is_of_experts(module: nn.Module, parameter: FileTensor) -> bool:
+    return parameter.dim() == 3 and not isinstance(module, _ConvNd)
 
 
 def _name(model: PreTrainedModel, weight_dtype: str) -> str:
@@ -385,7 +390,7 @@ def _expect(model: PreTrainedModel, stream: Stream) -> None:
                 small_bytes += byte_count(layout)
             elif isinstance(module, nn.Embedding):
                 continue  # only rows of it are read
-            elif parameter.dim() == 3:
+            elif _is_of_experts(module, parameter):
                 parameter._routed = True
                 routed_bytes += byte_count(layout)
             else:

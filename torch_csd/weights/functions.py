@@ -397,6 +397,28 @@ if hasattr(torch, "_grouped_mm"):
         return _grouped_mm(input, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
 
 
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def _register_convolution(convolution: Callable) -> None:
+    @_function(convolution)
+    @_forward_only
+    def convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """A stored kernel, such as that of a vision tower's patches, as a whole: at most what fits into staging."""
+        if not isinstance(weight, FileTensor) or isinstance(input, FileTensor):
+            return NotImplemented
+        stream = weight._stream
+        _, pieces = stream.pieces(as_read(weight._layout))
+        if len(pieces) > 1 or isinstance(weight._layout, Codes):
+            return NotImplemented
+        with stream.use(pieces[0], routed=weight._routed) as dense:
+            return convolution(input, weight.converted(dense), _kept(bias), *args, **kwargs)
+
+
+for _convolution in (torch.conv1d, torch.conv2d, torch.conv3d):
+    _register_convolution(_convolution)
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
