@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from torch_csd.weights.files import header_bytes
+
 SHARD_BYTES = 2 * 2**30
 
 
@@ -81,14 +83,8 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes({name: ("BF16", shape) for name, shape in shapes.items()}))
         for shape in shapes.values():
             file.write(memoryview(_random(shape, generator).view(torch.uint8).numpy()).cast("B"))
         file.flush()

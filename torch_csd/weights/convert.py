@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torch_csd import ops
 from torch_csd.errors import CheckpointError, StoreBusyError, StoreCorruptError, StoreError, StoreFullError
-from torch_csd.weights.files import read_header
+from torch_csd.weights.files import header_bytes, read_header
 from torch_csd.weights.layout import Codes, InputFile, Layout, Region, aten
 from torch_csd.weights.stream import Stream
 
@@ -160,13 +160,9 @@ def _parts(targets: Sequence[Target]) -> Iterator[list[Target]]:
 
 def _bytes_of(part: Sequence[Target], stream: Stream) -> Iterator[memoryview]:
     """The part's file, from front to back."""
-    header, end = {}, 0
-    for target in part:
-        begin, end = end, end + target.rows_bytes
-        header[target.name] = {"dtype": "U8", "shape": list(target.rows_shape), "data_offsets": [begin, end]}
-    text = json.dumps({"__metadata__": {"format": f"torch_csd rows {_VERSION}"}} | header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # rows are then aligned as they are long
-    yield memoryview(len(text).to_bytes(8, "little") + text)
+    tensors = {target.name: ("U8", target.rows_shape) for target in part}
+    # Rows are then aligned as they are long.
+    yield memoryview(header_bytes(tensors, metadata={"format": f"torch_csd rows {_VERSION}"}, alignment=64))
     for target in part:
         for block in _matrices(target.layout):
             for rows in _quantised(block, target.bits, stream):

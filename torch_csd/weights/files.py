@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +56,24 @@ class Header:
     path: str
     entries: dict[str, Entry]
     metadata: dict[str, str]
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], *, metadata: Mapping[str, str] | None = None, alignment: int = 8
+) -> bytes:
+    """What a safetensors file of these tensors begins with, for files that are written one tensor after another.
+
+    tensors: by name the format's dtype and the shape, in the order in which their bytes follow. alignment: of the
+    first of these bytes.
+    """
+    tables: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + SAFETENSORS_DTYPES[dtype].itemsize * torch.Size(shape).numel()
+        tables[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(tables).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

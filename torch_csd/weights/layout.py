@@ -114,7 +114,7 @@ class Region:
         distinct = math.prod(size for size, step in zip(self.meta.shape, steps, strict=True) if step > 0)
         if end - begin <= 1 or distinct >= _WANTED_SHARE * (end - begin):
             return (self,)
-        widest = max(range(len(steps)), key=lambda dim: steps[dim] if self.meta.shape[dim] > 1 else -1)
+        widest = self._widest
         if steps[widest] * self.dtype.itemsize < _PITCH_BYTES:
             return (self,)
         return tuple(
@@ -122,6 +122,12 @@ class Region:
             for index in range(self.meta.shape[widest])
             for leaf in Region(self.file, self.offset, self.meta.select(widest, index)).leaves
         )
+
+    @property
+    def _widest(self) -> int:
+        """The dimension whose steps in the file are the longest."""
+        steps = self.meta.stride()
+        return max(range(len(steps)), key=lambda dim: steps[dim] if self.meta.shape[dim] > 1 else -1)
 
     @property
     def range(self) -> Range:
@@ -146,8 +152,7 @@ class Region:
         """The elements, from those of the leaves in order."""
         if len(self.leaves) == 1:
             return next(leaves)
-        steps = self.meta.stride()
-        widest = max(range(len(steps)), key=lambda dim: steps[dim] if self.meta.shape[dim] > 1 else -1)
+        widest = self._widest
         parts = [
             Region(self.file, self.offset, self.meta.select(widest, index)).assemble(leaves)
             for index in range(self.meta.shape[widest])
@@ -173,7 +178,7 @@ class Join:
             fits = len(part.shape) == rank and all(part.shape[i] == parts[0].shape[i] for i in range(rank) if i != dim)
             if not fits or part.dtype != parts[0].dtype:
                 raise ValueError(
-                    f"stored tensors of shapes {[list(part.shape) for part in parts]:} and dtypes "
+                    f"stored tensors of shapes {[list(part.shape) for part in parts]} and dtypes "
                     f"{[part.dtype for part in parts]} do not fit together along dim {dim}"
                 )
         parts = [part for part in parts if part.shape[dim] > 0] or parts[:1]

@@ -690,9 +690,8 @@ class Stream:
             return
         count = len(self._order)
         distance = (unit.index - self._position) % count
-        near = distance <= max(
-            _SKIPPED_MAX, count // 2
-        )  # else rather one that comes earlier than all of a pass skipped
+        # Else it rather comes earlier now than that all of a pass is skipped.
+        near = distance <= max(_SKIPPED_MAX, count // 2)
         gone = True
         for step in range(1, distance):
             skipped = self._order[(self._position + step) % count]
