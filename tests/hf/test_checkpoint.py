@@ -628,3 +628,9 @@ def test_an_error_of_the_drive_ends_one_forward_and_the_model_is_used_on(tmp_pat
         timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_fingerprint_is_that_of_the_same_weights_in_memory(checkpoint, family):
+    path = checkpoint(family)
+    assert torch_csd.fingerprint(load(path)) == torch_csd.fingerprint(stock(path))
